@@ -1,0 +1,67 @@
+"""The command line of every script: a dataclass read by tyro, bad input as one line and exit code 2."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used. The message is one line: what is wrong, where, and what to do."""
+
+
+def run(main: Callable[[Any], None], args_type: Any) -> None:
+    """Parse the command line into `args_type`, call `main`, and turn an `InputError` into one line and exit code 2."""
+    import tyro
+    from transformers.utils import logging
+
+    # What transformers has to say about our inputs, our own errors say in one line; its bars would fight with ours.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    args = tyro.cli(args_type, config=(tyro.conf.AvoidSubcommands,))
+    try:
+        main(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        # The reader of our output (a pager, `head`) has left; Python would complain again while closing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def as_json(value: Any) -> Any:
+    """Dataclasses, paths and tuples as what `json.dumps` takes."""
+    return json.loads(json.dumps(asdict(value) if is_dataclass(value) else value, default=str))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader, or a crash, sees the old content or the new one and nothing between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def fill(args: Any, recipe: Any) -> None:
+    """Give every field of `args` that the user left at None the value of the preset's recipe."""
+    for name, value in vars(recipe).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def pick_device(device: str) -> str:
+    """ "auto" is the GPU where there is one. Raises `InputError` for a GPU that is not there."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: no GPU is visible here; use --device cpu")
+    return device
