@@ -1,0 +1,193 @@
+"""Models and training states on disk: written whole or not at all, verified when read."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from storygen.cli import InputError
+
+
+def load_model(
+    source: str | Path, device: str | torch.device = "cpu", revision: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal model in fp32, in evaluation mode, and its tokenizer, from a folder or the hub (there at `revision`).
+
+    Raises `InputError` where there is none, where it cannot be read, or where the two do not belong together.
+    """
+    folder = Path(source)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no config.json: it is no model folder")
+    if not folder.exists() and (str(source).startswith(("/", ".", "artifacts")) or str(source).count("/") > 1):
+        raise InputError(f"{folder} does not exist: run the stage that makes it, or give another --model")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch.float32)
+    except Exception as error:  # noqa: BLE001  transformers, safetensors, tokenizers and the hub client each raise their own
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise InputError(f"cannot load a model from {source} ({reason}): give --model a folder on this machine") from None
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        raise InputError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, the model {model.get_input_embeddings().weight.shape[0]} "
+            "embedding rows: this checkpoint belongs to another tokenizer"
+        )
+    return model.to(device).eval(), tokenizer
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A Hugging Face model folder, replaced as a whole."""
+    with _whole_folder(folder) as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+
+
+def weights_sha256(folder: str | Path) -> str:
+    """One checksum over a model folder's weight files, in the order of their names."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return hashlib.sha256("".join(map(_sha256, files)).encode()).hexdigest()
+
+
+class _whole_folder:
+    """A temporary sibling folder that takes the target's place when the block ends well, and leaves no trace otherwise."""
+
+    def __init__(self, target: Path):
+        self.target = target
+        self.aside = target.with_name(target.name + ".writing")
+        self.old = target.with_name(target.name + ".old")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.aside, ignore_errors=True)
+        self.aside.mkdir(parents=True)
+        return self.aside
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is not None:
+            shutil.rmtree(self.aside, ignore_errors=True)
+            return
+        for file in self.aside.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        _flush(self.aside)
+        if self.target.exists():
+            shutil.rmtree(self.old, ignore_errors=True)
+            os.rename(self.target, self.old)
+        os.rename(self.aside, self.target)
+        _flush(self.target.parent)
+        shutil.rmtree(self.old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_state(
+    folder: Path, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict, keep: int = 2
+) -> None:
+    """Write `folder/step_000200`: weights and optimizer moments as safetensors, `state` as JSON, and a sha256 of each.
+
+    Older checkpoints go once this one is in place, all but the newest `keep`.
+    """
+    with _whole_folder(folder / f"step_{step:06d}") as aside:
+        save_file({k: v.contiguous() for k, v in _own_parameters(model).items()}, aside / "model.safetensors")
+        save_file(_moments(model, optimizer), aside / "optimizer.safetensors")
+        (aside / "state.json").write_text(json.dumps({"step": step, **state}))
+        sums = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
+        (aside / "manifest.json").write_text(json.dumps({"sha256": sums}, indent=1))
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict | None:
+    """Put the newest whole checkpoint into model and optimizer and return its `state`; None where there is none.
+
+    A torn or altered checkpoint is named on stderr and the one before it is used.
+    """
+    for path in reversed(checkpoints(folder)):
+        fault = _fault(path)
+        if fault:
+            print(f"warning: checkpoint {path} is damaged ({fault}); trying the one before", file=sys.stderr)
+            continue
+        weights = load_file(path / "model.safetensors")
+        moments = load_file(path / "optimizer.safetensors")
+        with torch.no_grad():
+            for name, parameter in _own_parameters(model).items():
+                if name not in weights or weights[name].shape != parameter.shape:
+                    raise InputError(f"{path} belongs to another model ({name} differs): give another --out")
+                parameter.copy_(weights[name])
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                prefix = names[parameter] + ":"
+                own = {k.removeprefix(prefix): v for k, v in moments.items() if k.startswith(prefix)}
+                # AdamW keeps its step count on the CPU unless it is fused or capturable; its own loader knows where.
+                if own:
+                    optimizer.state[parameter] = {
+                        k: v.to(parameter.device) if k != "step" or group.get("fused") else v for k, v in own.items()
+                    }
+        return json.loads((path / "state.json").read_text())
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name)]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def _fault(path: Path) -> str | None:
+    try:
+        sums = json.loads((path / "manifest.json").read_text())["sha256"]
+        for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+            if _sha256(path / name) != sums[name]:
+                return f"{name} does not match its checksum"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _own_parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Parameters by name, tied ones once."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _moments(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}:{key}": value.contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+class Interrupt:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop at the next safe point; a second Ctrl-C leaves at once.
+
+    `stop` holds the exit code to use (130 or 143), or None while nobody asked.
+    """
+
+    def __init__(self):
+        self.stop: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, _frame) -> None:
+        if self.stop is not None and number == signal.SIGINT:
+            os._exit(130)  # writes stand aside until renamed, so nothing is torn
+        self.stop = 128 + number
+        print("\nstopping after this step; Ctrl-C again leaves at once", file=sys.stderr)

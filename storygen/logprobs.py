@@ -1,0 +1,103 @@
+"""Log-probabilities of responses under a causal model: the one forward pass that fine-tuning and RL share."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from storygen.batching import pad_right
+from storygen.cli import InputError
+
+
+def best_dtype(device: str | torch.device) -> torch.dtype:
+    """bf16 where the device multiplies it natively, else fp32."""
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def autocast(device: str | torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def _chunk(hidden: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, temperature: float):
+    logits = (hidden @ table.t()).float() / temperature
+    logps = logits.log_softmax(-1)
+    return logps.gather(-1, targets[:, None])[:, 0], -(logps.detach().exp() * logps.detach()).sum(-1)
+
+
+def response_logps(
+    model: PreTrainedModel,
+    rows: list[list[int]],
+    starts: list[int],
+    pad_id: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    temperature: float = 1.0,
+    chunk: int = 1024,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of every response token, and the entropy of the law it was drawn from; both (tokens,), in nats.
+
+    Row i's response is `rows[i][starts[i]:]`; responses stand one after the other, without padding. The projection to the
+    vocabulary runs over response positions only, `chunk` of them at a time, and is recomputed in the backward pass: no
+    (tokens, vocabulary) matrix of logits ever exists in fp32 as a whole. Gradients flow where they are enabled; the
+    entropy carries none.
+    """
+    device = model.device
+    ids = pad_right(rows, pad_id, device)
+    row_of = torch.tensor([r for r, row in enumerate(rows) for _ in range(starts[r], len(row))], device=device)
+    place = torch.tensor([t for r, row in enumerate(rows) for t in range(starts[r], len(row))], device=device)
+    table = model.get_output_embeddings().weight
+    logps, entropies = [], []
+    with autocast(device, dtype):
+        # A mask of ones: padding stands on the right, where causal attention never looks from a real token, and a plain
+        # causal mask keeps the fast attention kernel.
+        outputs = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        states = outputs.last_hidden_state[row_of, place - 1]
+        for hidden, targets in zip(states.split(chunk), ids[row_of, place].split(chunk)):
+            if torch.is_grad_enabled():
+                logp, entropy = checkpoint(_chunk, hidden, table, targets, temperature, use_reentrant=False)
+            else:
+                logp, entropy = _chunk(hidden, table, targets, temperature)
+            logps.append(logp)
+            entropies.append(entropy)
+    return torch.cat(logps), torch.cat(entropies)
+
+
+def check_forward(
+    model: PreTrainedModel, reference: PreTrainedModel, rows: list[list[int]], starts: list[int], pad_id: int
+) -> dict[str, float]:
+    """What must hold before RL's first update, measured in fp32 on a few rows.
+
+    padding      largest difference between padded and unpadded log-probabilities, nats
+    kl           KL of the model to the reference it starts from, nats per token: not 0 where dropout is on
+    micro_batch  relative difference of the gradients from one batch and from single rows
+
+    Raises `InputError` where one is beyond its limit.
+    """
+
+    def logps_of(policy: PreTrainedModel, picked: slice) -> torch.Tensor:
+        return response_logps(policy, rows[picked], starts[picked], pad_id)[0]
+
+    def gradient(size: int) -> torch.Tensor:
+        for i in range(0, len(rows), size):
+            logps_of(model, slice(i, i + size)).sum().backward()
+        flat = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        model.zero_grad()
+        return flat
+
+    with torch.no_grad():
+        padded = logps_of(model, slice(None))
+        alone = torch.cat([logps_of(model, slice(i, i + 1)) for i in range(len(rows))])
+        drift = padded - logps_of(reference, slice(None))
+    whole = gradient(len(rows))
+    found = {
+        "check/padding": (padded - alone).abs().max().item(),
+        "check/kl": (torch.exp(-drift) - 1 + drift).mean().item(),
+        "check/micro_batch": ((whole - gradient(1)).norm() / whole.norm()).item(),
+    }
+    for (name, value), limit in zip(found.items(), (1e-3, 1e-6, 1e-3)):
+        if not value <= limit:
+            raise InputError(f"{name} is {value:.1e}, over {limit:.0e}: this model does not fit the plain causal forward")
+    return found

@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from storygen.cli import InputError
+from storygen.logprobs import response_logps
+from storygen.sampler import sample
+
+PROMPTS = ["A dog.", "The king sleeps in the deep wood and nobody dares to wake him.", "Rain"]
+
+
+def flat(results):
+    return [completion for completions in results for completion in completions]
+
+
+def test_logps_equal_a_full_unpadded_forward(tiny):
+    model, _, pattern = tiny
+    prefixes = [pattern.prefix(p) for p in PROMPTS]
+    results = sample(model, prefixes, 3, eos_id=pattern.eos_id, seed=3, max_rows=4, max_new_tokens=40)
+    for prefix, completions in zip(prefixes, results):
+        for completion in completions:
+            ids = torch.tensor([prefix + completion.ids])
+            with torch.no_grad():
+                logps = model(ids).logits[0].log_softmax(-1)
+            expected = logps[len(prefix) - 1 : -1].gather(-1, ids[0, len(prefix) :, None])[:, 0]
+            assert torch.allclose(torch.tensor(completion.logps), expected, atol=1e-4)
+            with torch.no_grad():
+                ours, _ = response_logps(model, [prefix + completion.ids], [len(prefix)], pattern.pad_id)
+            assert torch.allclose(ours, expected, atol=1e-4)
+
+
+def test_samples_do_not_depend_on_how_many_rows_run_beside_them(tiny):
+    model, _, pattern = tiny
+    prefixes = [pattern.prefix(p) for p in PROMPTS]
+    runs = [
+        [c.ids for c in flat(sample(model, prefixes, 4, eos_id=pattern.eos_id, seed=5, max_rows=rows, max_new_tokens=30))]
+        for rows in (1, 5, 64)
+    ]
+    assert runs[0] == runs[1] == runs[2]
+    other = [c.ids for c in flat(sample(model, prefixes, 4, eos_id=pattern.eos_id, seed=6, max_new_tokens=30))]
+    assert other != runs[0]
+
+
+def test_distribution_of_tokens_equals_the_models_law(tiny):
+    """Chi-square over the first two tokens of 6,000 draws at temperature 0.3, against the softmax of plain forward passes."""
+    model, _, pattern = tiny
+    prefix = pattern.prefix("Rain")
+    drawn = flat(sample(model, [prefix], 6000, eos_id=-1, seed=0, max_rows=2000, temperature=0.3, max_new_tokens=2))
+    with torch.no_grad():
+        first = model(torch.tensor([prefix])).logits[0, -1].double().div(0.3).softmax(-1)
+    common = int(first.argmax())
+    with torch.no_grad():
+        second = model(torch.tensor([prefix + [common]])).logits[0, -1].double().div(0.3).softmax(-1)
+    for law, tokens in ((first, [c.ids[0] for c in drawn]), (second, [c.ids[1] for c in drawn if c.ids[0] == common])):
+        n = len(tokens)
+        big = torch.nonzero(law * n >= 5)[:, 0].tolist()
+        counts = np.bincount(tokens, minlength=len(law))
+        observed = [counts[i] for i in big] + [n - sum(counts[i] for i in big)]
+        expected = [law[i].item() * n for i in big]
+        expected.append(n - sum(expected))
+        assert len(big) > 3 and chisquare(observed, expected).pvalue > 1e-3
+
+
+def test_eos_ends_a_row_and_the_context_limits_it(tiny):
+    model, _, pattern = tiny
+    prefix = pattern.prefix("Rain")
+    free = flat(sample(model, [prefix], 4, eos_id=-1, seed=1))
+    assert all(len(prefix) + len(c.ids) == model.config.n_positions and not c.finished for c in free)
+    stop = free[0].ids[7]
+    stopped = flat(sample(model, [prefix], 4, eos_id=stop, seed=1))
+    for a, b in zip(free, stopped):
+        end = a.ids.index(stop) + 1 if stop in a.ids else len(a.ids)
+        assert b.ids == a.ids[:end] and b.finished == (stop in a.ids)
+
+
+def test_top_p_never_leaves_the_nucleus(tiny):
+    model, _, pattern = tiny
+    prefix = pattern.prefix("Rain")
+    with torch.no_grad():
+        law = model(torch.tensor([prefix])).logits[0, -1].softmax(-1)
+    ordered, index = law.sort(descending=True)
+    nucleus = set(index[: int((ordered.cumsum(0) < 0.3).sum()) + 1].tolist())
+    drawn = flat(sample(model, [prefix], 200, eos_id=-1, seed=1, top_p=0.3, max_new_tokens=1))
+    assert {c.ids[0] for c in drawn} <= nucleus
+
+
+def test_prompt_that_fills_the_context_is_refused(tiny):
+    model, _, pattern = tiny
+    with pytest.raises(InputError, match="shorten the prompt"):
+        sample(model, [pattern.prefix("word " * 300)], 1, eos_id=pattern.eos_id, seed=0)
