@@ -27,6 +27,9 @@ def run(main: Callable[[Any], None], args_type: Any) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; nothing half-written was left behind", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:
         # The reader of our output (a pager, `head`) has left; Python would complain again while closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

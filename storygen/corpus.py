@@ -39,7 +39,7 @@ class Columns:
     flags: str = ""
 
     def find(self, names: Iterable[Any], where: str) -> dict[str, str]:
-        """{role: column} for the columns that are there. InputError without a prompt column, or without one that was named."""
+        """{role: column} for the columns that are there. InputError without a prompt column, or a named one."""
         names = [name for name in names if isinstance(name, str)]
         by_lower = {name.strip().lower(): name for name in reversed(names)}
         found = {}
@@ -176,11 +176,13 @@ def _listed(names: list[str]) -> str:
 
 
 def _files(path: Path) -> list[Path]:
-    """The files to read for `path`: itself, a pair's source side, or everything known in a folder, in name order."""
+    """The files to read for `path`: itself, a pair's source side, or everything known in a folder, in name order.
+
+    Files of bare prompts come last: a run over the first rows (--limit) then has stories.
+    """
     if path.is_dir():
-        found = sorted(
-            p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES) and not p.name.startswith(".")
-        )
+        found = [p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES) and not p.name.startswith(".")]
+        found.sort(key=lambda p: (p.suffix == ".txt", p))
         if not found:
             raise InputError(f"{path}: no file that ends in {', '.join(SUFFIXES)}")
         return found
