@@ -1,0 +1,261 @@
+"""What human rows look like, measured: the yardstick that the reward holds a sample against."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from storygen import textstats as ts
+from storygen.bertscore import Embedded, Encoder, best_match, token_weights, weighted
+from storygen.cli import InputError, write_atomically
+from storygen.idf import Idf
+
+PAIRS = ("think_story", "prompt_think", "prompt_story")
+TF = ("raw", "sublinear", "binary")
+CAP = 99.0
+LEVELS = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100)
+MAX_ROWS = 200
+MAX_STORIES = 4000
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A value as a function of a length in words: linear between the knots in ln n, held beyond the first and the last."""
+
+    words: tuple[float, ...]
+    value: tuple[float, ...]
+
+    def __call__(self, n: float) -> float:
+        return float(np.interp(np.log(max(n, 1.0)), np.log(self.words), self.value))
+
+
+def recall_key(pair: str, tf: str, capped: bool) -> str:
+    """The name under which the recall of a pair is logged and calibrated: it says with which token weights."""
+    return f"{pair}:{tf}" + ("" if capped else ":uncapped")
+
+
+def token_weightings(ids: np.ndarray, tables: dict[bool, np.ndarray]) -> dict[tuple[str, bool], np.ndarray]:
+    """Every weighting of a text's tokens that a config may ask for: {(tf, capped): (n,)}. tables: {capped: (vocab,)}."""
+    return {(tf, capped): token_weights(ids, tables[capped], tf) for tf in TF for capped in tables}
+
+
+def text_measures(prompt: str, think: str, story: str) -> dict[str, float]:
+    """The text measures of one row whose human quantiles are kept. Word order is measured apart, it needs a table."""
+    p, t, s = ts.words(prompt), ts.words(think), ts.words(story)
+    return {
+        "story_words": float(len(s)),
+        "think_words": float(len(t)),
+        "dialogue": ts.dialogue_share(story),
+        "copied": ts.copied_share(s, (p, t)),
+        "think_copied": ts.copied_share(t, (p,)),
+        "mattr": ts.mattr(s),
+        "think_mattr": ts.mattr(t),
+        "stop_share": ts.stop_share(s),
+        "think_stop_share": ts.stop_share(t),
+        "prompt_share": ts.borrowed_share(s, p),
+        "think_share": ts.borrowed_share(s, t),
+        "densest": ts.densest_share(s, p + t),
+        "think_prompt_share": ts.borrowed_share(t, p),
+    }
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Human figures. Made by `calibrate`, kept as `calibration.json` in the data folder.
+
+    n: rows and stories measured, and rows whose texts were encoded for the correlation curves. seed: drew those rows and
+    the mismatched pairs. encoder: {"name", "layer", "sha256"} of the encoder that the curves belong to.
+    repetition: {"2"|"4": {"mean"|"p95": Curve}}, share of repeated word n-grams by story length.
+    quantiles: {measure: values at LEVELS percent}, the measures of `text_measures` and `order`, `think_order`.
+    shuffled: {"order"|"think_order": mean score of the same texts with their words shuffled}, nats per pair.
+    chance, human: {recall_key: Curve}, recall of mismatched and of true pairs by candidate length.
+    pairs: counts of `WordOrder`.
+    """
+
+    n: dict[str, int]
+    seed: int
+    encoder: dict[str, str | int]
+    repetition: dict[str, dict[str, Curve]]
+    quantiles: dict[str, list[float]]
+    shuffled: dict[str, float]
+    chance: dict[str, Curve]
+    human: dict[str, Curve]
+    pairs: dict[str, int]
+
+    def quantile(self, measure: str, level: float) -> float:
+        """The human value of a measure at a percentile, linear between LEVELS."""
+        return float(np.interp(level, LEVELS, self.quantiles[measure]))
+
+    def save(self, path: Path | str) -> None:
+        write_atomically(Path(path), json.dumps(asdict(self), indent=1) + "\n")
+
+    @staticmethod
+    def load(path: Path | str) -> "Calibration":
+        """Read what `save` wrote; InputError where the file is missing or is something else."""
+        try:
+            fields = json.loads(Path(path).read_text(encoding="utf-8"))
+            curves = {key: {name: Curve(**curve) for name, curve in fields[key].items()} for key in ("chance", "human")}
+            repetition = {n: {k: Curve(**curve) for k, curve in both.items()} for n, both in fields["repetition"].items()}
+            return Calibration(**{**fields, **curves, "repetition": repetition})
+        except FileNotFoundError:
+            raise InputError(f"{path} is missing: run data_prep.py first") from None
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise InputError(f"{path} is not a calibration of this version: run data_prep.py again") from None
+
+
+def calibrate(
+    rows: list[dict[str, str]], encoder: Encoder, idf: Idf, seed: int, stories: list[str] | None = None
+) -> Calibration:
+    """Measure human rows {prompt, think, story}, and optionally more `stories` that have no outline.
+
+    At most MAX_ROWS rows are encoded and MAX_STORIES stories counted, drawn with `seed`. Needs two rows at least.
+    """
+    rows = [row for row in rows if row["think"].strip() and row["story"].strip()]
+    if len(rows) < 2:
+        raise InputError(f"calibration needs at least 2 rows with outline and story, there are {len(rows)}")
+    rng = random.Random(seed)
+    rows = rng.sample(rows, min(len(rows), MAX_STORIES))
+    paired = rows[:MAX_ROWS]
+    texts = [row["story"] for row in rows] + rng.sample(stories or [], min(len(stories or []), MAX_STORIES))
+    measured = [text_measures(row["prompt"], row["think"], row["story"]) for row in rows]
+    values = {key: [m[key] for m in measured] for key in measured[0]}
+    for text in texts[len(rows) :]:
+        split = ts.words(text)
+        values["story_words"].append(float(len(split)))
+        values["dialogue"].append(ts.dialogue_share(text))
+        values["mattr"].append(ts.mattr(split))
+        values["stop_share"].append(ts.stop_share(split))
+    order, thinks = ts.WordOrder.count([*texts, *(row["think"] for row in rows)]), [row["think"] for row in rows]
+    values["order"], values["think_order"] = crossed_order(texts, thinks), crossed_order(thinks, texts)
+    chance, human = correlation_curves(paired, encoder, idf, rng)
+    return Calibration(
+        n={"rows": len(rows), "stories": len(texts), "encoded": len(paired)},
+        seed=seed,
+        encoder={"name": encoder.name, "layer": encoder.layer, "sha256": encoder.sha256},
+        repetition={str(n): repetition_curves([ts.words(text) for text in texts], n) for n in (2, 4)},
+        quantiles={key: [float(v) for v in np.percentile(value, LEVELS)] for key, value in values.items()},
+        shuffled={
+            "order": float(np.mean([order.score(shuffled(text, rng)) for text in texts])),
+            "think_order": float(np.mean([order.score(shuffled(text, rng)) for text in thinks])),
+        },
+        chance=chance,
+        human=human,
+        pairs=order.pairs,
+    )
+
+
+def shuffled(text: str, rng: random.Random) -> str:
+    """The same words, punctuation attached, in random order."""
+    words = text.split()
+    rng.shuffle(words)
+    return " ".join(words)
+
+
+def crossed_order(texts: Sequence[str], more: Sequence[str]) -> list[float]:
+    """Word-order score of each text under a table that has not seen it: counted on the other half of `texts`, and `more`."""
+    scores = []
+    for half in (0, 1):
+        table = ts.WordOrder.count([*texts[1 - half :: 2], *more])
+        scores += [table.score(text) for text in texts[half::2]]
+    return scores
+
+
+def rising(values: Sequence[float]) -> tuple[float, ...]:
+    """The closest non-decreasing sequence in the least-squares sense (pool adjacent violators)."""
+    pools: list[list[float]] = []
+    for value in values:
+        pools.append([float(value), 1.0])
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            mean, size = pools.pop()
+            pools[-1] = [(pools[-1][0] * pools[-1][1] + mean * size) / (pools[-1][1] + size), pools[-1][1] + size]
+    return tuple(mean for mean, size in pools for _ in range(int(size)))
+
+
+def repetition_curves(texts: list[list[str]], n: int) -> dict[str, Curve]:
+    """Mean and p95 of the share of repeated n-grams at a grid of lengths, over the prefixes of all stories long enough.
+
+    A length that fewer than 20 stories (or than all, where there are fewer) reach is left out; the last one kept is held.
+    """
+    enough = min(20, len(texts))
+    grid = [length for length in np.geomspace(25, 4000, 23).round().astype(int)]
+    grid = [length for length in grid if sum(len(text) >= length for text in texts) >= enough] or [25]
+    shares = [[ts.repeated_share(text[:length], n) for text in texts if len(text) >= length] or [0.0] for length in grid]
+
+    def curve(statistic: Callable[[list[float]], float]) -> Curve:
+        return Curve(tuple(float(length) for length in grid), rising([statistic(share) for share in shares]))
+
+    return {"mean": curve(np.mean), "p95": curve(lambda share: np.percentile(share, 95))}
+
+
+def correlation_curves(
+    rows: list[dict[str, str]], encoder: Encoder, idf: Idf, rng: random.Random
+) -> tuple[dict[str, Curve], dict[str, Curve]]:
+    """Chance level b(n) and human level h(n) of each pair's recall by candidate length n in words.
+
+    b: the reference of one row against texts of other rows, cut or joined to n words. h = b + g, where g is the human gain
+    R - b over true pairs, fitted as a line in ln n and held outside the 5th to 95th percentile of human lengths: what a
+    length that no human wrote should earn is not known, so as much above chance as the nearest human one.
+    """
+    fields = ("prompt", "think", "story")
+    coded = encoder.embed([row[field] for row in rows for field in fields])
+    embedded = {field: coded[i :: len(fields)] for i, field in enumerate(fields)}
+    tables = {True: idf.capped(CAP), False: idf.weights}
+    chance, human = {}, {}
+    for pair in PAIRS:
+        reference, candidate = pair.split("_")
+        x, y = embedded[reference], embedded[candidate]
+        lengths = [len(ts.words(row[candidate])) for row in rows]
+        tokens_per_word = sum(len(e.ids) for e in y) / max(1, sum(lengths))
+        grid = np.unique(np.geomspace(5, 4 * max(lengths), 16).round().astype(int))
+        mixed: dict[tuple[str, bool], list[list[float]]] = {}
+        true: dict[tuple[str, bool], list[float]] = {}
+        for i, row in enumerate(x):
+            cuts = running_match(row, others(y, i, grid[-1] * tokens_per_word, rng), grid * tokens_per_word)
+            best = best_match(row, y[i])
+            for kind, weights in token_weightings(row.ids, tables).items():
+                mixed.setdefault(kind, []).append([weighted(cut, weights) for cut in cuts])
+                true.setdefault(kind, []).append(weighted(best, weights))
+        for kind, levels in mixed.items():
+            key = recall_key(pair, *kind)
+            chance[key] = Curve(tuple(float(n) for n in grid), rising(np.mean(levels, axis=0)))
+            human[key] = human_curve(chance[key], lengths, true[kind])
+    return chance, human
+
+
+def others(embedded: list[Embedded], i: int, tokens: float, rng: random.Random) -> list[Embedded]:
+    """Texts of other rows than i in random order, until they hold `tokens` tokens."""
+    order = [j for j in range(len(embedded)) if j != i]
+    rng.shuffle(order)
+    taken, total = [], 0
+    for j in order:
+        taken.append(embedded[j])
+        total += len(embedded[j].ids)
+        if total >= tokens:
+            break
+    return taken
+
+
+def running_match(x: Embedded, ys: list[Embedded], cuts: np.ndarray) -> list[np.ndarray]:
+    """`best_match` of x against the first `cuts` tokens of the texts `ys` joined, for each cut."""
+    import torch
+
+    joined = torch.cat([y.vectors for y in ys])
+    best = (x.vectors @ joined.T).cummax(dim=1).values.double().cpu().numpy()
+    at = np.clip(cuts.round().astype(int), 1, best.shape[1]) - 1
+    return list(best[:, at].T)
+
+
+def human_curve(chance: Curve, lengths: list[int], scores: list[float]) -> Curve:
+    gain = np.array(scores) - np.array([chance(n) for n in lengths])
+    low, high = np.percentile(lengths, (5, 95))
+    if high > low:
+        slope, level = np.polyfit(np.log(np.maximum(lengths, 1)), gain, 1)
+    else:
+        slope, level = 0.0, float(gain.mean())
+    knots = sorted({*chance.words, float(max(low, 1)), float(max(high, 1))})
+    fitted = [level + slope * np.log(np.clip(n, max(low, 1), max(high, 1))) for n in knots]
+    # A gain of nothing would divide by nothing; an encoder that cannot tell pairs apart shows up as parts at random.
+    return Curve(tuple(knots), rising([chance(n) + max(g, 0.01) for n, g in zip(knots, fitted, strict=True)]))
