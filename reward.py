@@ -1,0 +1,400 @@
+"""The reward of a sample, and its workbench.
+
+    python reward.py score ROWS.jsonl --data DIR      rows {prompt, think, story, finished} -> the same with reward and parts
+    python reward.py explain ROWS.jsonl --row 3       one row: each part, and which story word answered each outline word
+    python reward.py rescore SAMPLES.jsonl --reward.… what a changed config would have preferred, without sampling again
+    python reward.py audit                            does any cheap trick score at least as much as the honest row
+
+`rew_config.py` says what every knob does. `Reward.measure` needs the encoder; `Reward.combine` is arithmetic.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+
+from rew_config import GUARDS, OWN_PARTS, PARTS, Floor, Guard, RewardConfig
+from storygen import textstats as ts
+from storygen.bertscore import Encoder, cut_up, load_encoder, recall
+from storygen.calibration import CAP, PAIRS, Calibration, recall_key, text_measures
+from storygen.cli import InputError, run, write_atomically
+from storygen.hacks import FAMILIES, hack
+from storygen.idf import Idf
+from storygen.pattern import text_verdict
+from storygen.workbench import answers, flipped, measures, rank_correlation, read_rows
+
+# Samples whose token vectors are held in memory at once: an RL batch, and 0.5 GB of vectors in a large file of long stories.
+CHUNK = 256
+DEFAULT = RewardConfig()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A response to score. room: tokens left between its end and the context limit; None: unknown, no overlong penalty.
+    verdict: the grammar's, where tokens were parsed; None: it is taken from the text."""
+
+    prompt: str
+    think: str
+    story: str
+    finished: bool
+    verdict: str | None = None
+    room: int | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """reward: what is optimised. verdict: "ok" or why the grammar refused. parts, guards: each in [0, 1], before weighting.
+    raw: what was measured, enough for `Reward.combine` to score again under another config."""
+
+    reward: float
+    verdict: str
+    parts: dict[str, float]
+    guards: dict[str, float]
+    raw: dict[str, float]
+
+
+@dataclass
+class Reward:
+    """Made by `Reward.load`. `encoder` may be None where only `combine` is called."""
+
+    config: RewardConfig
+    calibration: Calibration
+    idf: Idf | None = None
+    encoder: Encoder | None = None
+
+    def __post_init__(self):
+        self.order = ts.WordOrder(self.calibration.pairs)
+        self.weights = self.config.weights()
+
+    @staticmethod
+    def load(
+        data_dir: Path | str, config: RewardConfig = DEFAULT, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "Reward":
+        """Encoder, idf table and calibration of a data folder. InputError where a file is missing or is another's.
+
+        dtype: of the encoder's weights; bfloat16 moves a recall by 0.0004 at most and is faster where it is native.
+        """
+        data = Path(data_dir)
+        try:
+            named = json.loads((data / "manifest.json").read_text(encoding="utf-8"))["encoder"]
+        except FileNotFoundError:
+            raise InputError(f"{data / 'manifest.json'} is missing: run data_prep.py first") from None
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{data / 'manifest.json'} names no encoder: run data_prep.py again") from None
+        encoder = load_encoder(named["name"], named["layer"], device, dtype)
+        calibration = Calibration.load(data / "calibration.json")
+        mine = {"name": encoder.name, "layer": encoder.layer, "sha256": encoder.sha256}
+        if calibration.encoder != mine:
+            raise InputError(f"{data / 'calibration.json'} was measured with another encoder: run data_prep.py again")
+        return Reward(config, calibration, Idf.load(data / "idf.npz", encoder.tokenizer), encoder)
+
+    def __call__(self, samples: Sequence[Sample], length_target: float) -> list[Score]:
+        """Score samples, all texts encoded in one go. length_target: words at which the length part is 1."""
+        verdicts = [verdict_of(sample) for sample in samples]
+        raws = iter(self.measure([sample for sample, verdict in zip(samples, verdicts, strict=True) if verdict == "ok"]))
+        return [self.combine(next(raws) if verdict == "ok" else {}, verdict, length_target) for verdict in verdicts]
+
+    def measure(self, samples: Sequence[Sample]) -> list[dict[str, float]]:
+        """What can be measured of each sample: recalls of the three pairs, text measures, own parts. Needs the encoder."""
+        return [raw for i in range(0, len(samples), CHUNK) for raw in self._measure(samples[i : i + CHUNK])]
+
+    def _measure(self, samples: Sequence[Sample]) -> list[dict[str, float]]:
+        tf, table = self.config.correlation.tf, self.token_table()
+        coded = self.encoder.embed([text for sample in samples for text in (sample.prompt, sample.think, sample.story)])
+        raws = []
+        for i, sample in enumerate(samples):
+            text = dict(zip(("prompt", "think", "story"), coded[3 * i : 3 * i + 3], strict=True))
+            raw = self.measure_text(sample)
+            for key, pair in zip(self.recall_keys(), PAIRS, strict=False):
+                raw[key] = recall(*(text[name] for name in pair.split("_")), table, tf)
+            thirds = [recall(text["think"], third, table, tf) for third in cut_up(text["story"], 3)]
+            raws.append(raw | {self.recall_keys()[-1]: min(thirds)})
+        return raws
+
+    def token_table(self) -> np.ndarray:
+        return self.idf.capped(CAP) if self.config.correlation.idf_cap else self.idf.weights
+
+    def recall_keys(self) -> list[str]:
+        """Names in `raw` of the pairs' recalls under this config, then of the outline's by the story's weakest third."""
+        return [
+            recall_key(pair, self.config.correlation.tf, self.config.correlation.idf_cap) for pair in (*PAIRS, "think_third")
+        ]
+
+    def measure_text(self, sample: Sample) -> dict[str, float]:
+        """The measures that need no encoder."""
+        story = ts.words(sample.story)
+        raw = text_measures(sample.prompt, sample.think, sample.story)
+        raw |= {f"repeated_{n}": ts.repeated_share(story, n) for n in (2, 4)}
+        raw["ended"] = float(ts.is_ended(sample.story))
+        raw |= {"order": self.order.score(sample.story), "think_order": self.order.score(sample.think)}
+        if sample.room is not None:
+            raw["room"] = float(sample.room)
+        for part in OWN_PARTS:
+            score, diagnostics = part.score(sample)
+            raw |= {f"own:{part.name}": float(score)} | {f"own:{part.name}:{k}": float(v) for k, v in diagnostics.items()}
+        return raw
+
+    def combine(self, raw: dict[str, float], verdict: str, length_target: float) -> Score:
+        """The reward from what was measured. Pure: needs neither encoder nor text."""
+        config = self.config
+        if verdict != "ok":
+            zero = dict.fromkeys([*self.weights, *PAIRS], 0.0)
+            return Score(config.malformed_score, verdict, zero, dict.fromkeys(GUARDS, 0.0), raw)
+        parts = self.parts(raw, length_target)
+        guards = self.guards(raw, parts)
+        kept = np.prod([guards[name] for name in GUARDS if getattr(config.guards, name).on])
+        overlong = config.overlong.penalty * clip(1 - raw.get("room", np.inf) / config.overlong.window)
+        reward = kept * sum(weight * parts[name] for name, weight in self.weights.items()) - overlong
+        return Score(float(reward), verdict, parts, guards, raw)
+
+    def gain(self, key: str, value: float, n: float) -> float:
+        """A recall by n words as a share of the way from chance level to the human level at that length, in [0, 1]."""
+        low, high = self.calibration.chance[key](n), self.calibration.human[key](n)
+        return clip((value - low) / (high - low))
+
+    def parts(self, raw: dict[str, float], length_target: float) -> dict[str, float]:
+        """Every part in [0, 1]: those with a weight, and the three pairs that make up the correlation."""
+        config, human = self.config, self.calibration
+        parts = {}
+        for key, pair in zip(self.recall_keys(), PAIRS, strict=False):
+            n = raw[f"{pair.split('_')[1]}_words"]
+            parts[pair] = self.gain(key, raw[key], n)
+        shares = {pair: getattr(config.correlation, pair) for pair in PAIRS}
+        parts["correlation"] = sum(shares[pair] * parts[pair] for pair in PAIRS) / sum(shares.values())
+        parts["length"] = min(1.0, raw["story_words"] / length_target)
+        for name, n in (("repetition", "2"), ("repetition4", "4")):
+            excess = raw[f"repeated_{n}"] - human.repetition[n]["p95"](raw["story_words"])
+            parts[name] = clip(1 - excess / getattr(config, name).slack)
+        full = min(human.quantile("dialogue", config.prose.level), config.prose.zero_at - 1e-6)
+        parts["prose"] = clip((config.prose.zero_at - raw["dialogue"]) / (config.prose.zero_at - full))
+        return parts | {part.name: clip(raw[f"own:{part.name}"]) for part in OWN_PARTS}
+
+    def guards(self, raw: dict[str, float], parts: dict[str, float]) -> dict[str, float]:
+        """Every guard's factor, switched on or not."""
+        human, guards = self.calibration, self.config.guards
+
+        plan, *_, third = self.recall_keys()
+
+        def below(measure: str, guard: Guard) -> float:
+            return clip(1 - (raw[measure] - human.quantile(measure, guard.level)) / guard.slack)
+
+        def above(measure: str, guard: Guard) -> float:
+            return clip(1 - (human.quantile(measure, 100 - guard.level) - raw[measure]) / guard.slack)
+
+        def ratio(measure: str, guard: Guard) -> float:
+            low, high = human.quantile(measure, 100 - guard.level), human.quantile(measure, guard.level)
+            return clip(1 - max(1 - raw[measure] / low, raw[measure] / high - 1) / guard.slack)
+
+        def floor(part: float, guard: Floor) -> float:
+            return guard.keep + (1 - guard.keep) * clip(part / guard.at)
+
+        return {
+            "copied": below("copied", guards.copied),
+            "think_copied": below("think_copied", guards.think_copied),
+            "types": above("mattr", guards.types),
+            "stop_words": below("stop_share", guards.stop_words) * above("stop_share", guards.stop_words),
+            "think_stop_words": below("think_stop_share", guards.think_stop_words)
+            * above("think_stop_share", guards.think_stop_words),
+            "prompt_words": below("prompt_share", guards.prompt_words),
+            "think_words": below("think_share", guards.think_words),
+            "listing": below("densest", guards.listing),
+            "dialogue": below("dialogue", guards.dialogue),
+            "order": above("order", guards.order),
+            "think_order": above("think_order", guards.think_order),
+            "think_length": ratio("think_words", guards.think_length),
+            "ending": floor(raw["ended"], guards.ending),
+            "on_plan": floor(parts["think_story"], guards.on_plan),
+            "throughout": floor(self.gain(plan, raw[third], raw["story_words"] / 3), guards.throughout),
+            "on_prompt": floor((parts["prompt_think"] + parts["prompt_story"]) / 2, guards.on_prompt),
+        }
+
+
+def clip(value: float) -> float:
+    return float(min(1.0, max(0.0, value)))
+
+
+def verdict_of(sample: Sample) -> str:
+    if sample.verdict is not None and sample.verdict != "ok":
+        return sample.verdict
+    return text_verdict(sample.think, sample.story, sample.finished)
+
+
+@dataclass
+class Workbench:
+    data: Path = Path("artifacts/data")
+    """Data folder written by data_prep.py."""
+    length_target: float | None = None
+    """Words at which the length part is 1; default: the human median."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+
+
+@dataclass
+class ScoreRows(Workbench):
+    """Score the rows of a jsonl file: {prompt, think, story, finished}; their other keys are kept."""
+
+    rows: tyro.conf.Positional[Path] = tyro.MISSING
+    """JSON lines."""
+    out: Path | None = None
+    """Where to write; default: standard output."""
+    device: str = "cpu"
+    """Where the encoder runs."""
+
+
+@dataclass
+class Explain(Workbench):
+    """One row in the terminal: each part with its human range, each outline word with the story word that answered it."""
+
+    rows: tyro.conf.Positional[Path] = tyro.MISSING
+    """JSON lines {prompt, think, story, finished}, such as samples.jsonl."""
+    row: int = 1
+    """Which row, counted from 1."""
+
+
+@dataclass
+class Rescore(Workbench):
+    """Logged samples under a changed config: rank correlation with the logged reward, and the pairs that flip."""
+
+    samples: tyro.conf.Positional[Path] = tyro.MISSING
+    """samples.jsonl of a run: rows {prompt, think, story, finished, reward, raw}."""
+    show: int = 5
+    """How many flipped pairs to show."""
+
+
+@dataclass
+class Audit(Workbench):
+    """Held-out human rows against every family of the hack zoo (storygen/hacks.py)."""
+
+    json: bool = False
+    """Print the JSON line only."""
+    rows: int = 100
+    """At most so many held-out rows."""
+    seed: int = 0
+    """Draws the hacks."""
+
+
+def target_of(args: Workbench, reward: Reward) -> float:
+    return reward.calibration.quantile("story_words", 50) if args.length_target is None else args.length_target
+
+
+def sample_of(row: dict[str, Any]) -> Sample:
+    return Sample(**{key: row.get(key) for key in ("prompt", "think", "story", "finished", "verdict", "room")})
+
+
+def score_rows(args: ScoreRows) -> None:
+    rows = read_rows(args.rows)
+    reward = Reward.load(args.data, args.reward, args.device)
+    scores = reward([sample_of(row) for row in rows], target_of(args, reward))
+    lines = [json.dumps(row | asdict(score), ensure_ascii=False) for row, score in zip(rows, scores, strict=True)]
+    text = "\n".join(lines) + "\n"
+    write_atomically(args.out, text) if args.out else print(text, end="")
+
+
+def explain(args: Explain) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = read_rows(args.rows)
+    if not 1 <= args.row <= len(rows):
+        raise InputError(f"{args.rows} holds rows 1 to {len(rows)}, not {args.row}")
+    reward, sample, console = Reward.load(args.data, args.reward), sample_of(rows[args.row - 1]), Console()
+    score = reward([sample], target_of(args, reward))[0]
+    console.print(f"reward {score.reward:.3f}   verdict {score.verdict}", style="bold")
+    console.print(sample.prompt, style="italic", markup=False)
+    if score.verdict != "ok":
+        return
+    table = Table("part or guard", "score", "weight", title="* switched off")
+    for name, value in score.parts.items():
+        table.add_row(name, f"{value:.3f}", f"{reward.weights[name]:.2f}" if name in reward.weights else "")
+    table.add_section()
+    for name, value in score.guards.items():
+        table.add_row(name + ("" if getattr(args.reward.guards, name).on else " *"), f"{value:.3f}", "")
+    idf, tf = reward.token_table(), args.reward.correlation.tf
+    console.print(
+        table, measures(reward.calibration, score.raw), answers(reward.encoder, sample.think, sample.story, idf, tf)
+    )
+
+
+def rescore(args: Rescore) -> None:
+    rows = read_rows(args.samples, {"reward": float, "raw": dict})
+    reward = Reward(args.reward, Calibration.load(args.data / "calibration.json"))
+    missing = next(
+        (n for n, row in enumerate(rows, 1) if row["raw"] and not row["raw"].keys() >= {*reward.recall_keys()}), None
+    )
+    if missing:
+        raise InputError(
+            f"{args.samples}: row {missing} was logged under another tf or idf_cap: `reward.py score` the file first"
+        )
+    target = target_of(args, reward)
+    scores = []
+    for row in rows:
+        verdict = verdict_of(sample := sample_of(row))
+        raw = reward.measure_text(sample) | row["raw"] if verdict == "ok" else {}
+        scores.append(reward.combine(raw, verdict, row.get("length_target", target)))
+    old, new = np.array([row["reward"] for row in rows]), np.array([score.reward for score in scores])
+    print(f"{len(rows)} samples: rank correlation {rank_correlation(old, new):.3f}")
+    pairs, flips = flipped([(row.get("step"), row["prompt"]) for row in rows], old, new)
+    print(f"{len(flips)} of {pairs} pairs of samples for one prompt flip")
+    for was, now in flips[: args.show]:
+        print(f"\n{rows[was]['prompt']}")
+        for name, i in (("was better", was), ("is better", now)):
+            moved = ", ".join(f"{k} {v:.2f}" for k, v in scores[i].parts.items() if k in PARTS)
+            print(f"  {name}: {old[i]:.3f} -> {new[i]:.3f}  {moved}\n    {' '.join(rows[i]['story'].split()[:40])}")
+
+
+def audit(args: Audit) -> None:
+    import pyarrow.parquet as pq
+
+    path = args.data / "sft.parquet"
+    if not path.exists():
+        raise InputError(f"{path} is missing: run data_prep.py first")
+    held = [row | {"finished": True} for row in pq.read_table(path).to_pylist() if row["split"] != "train"][: args.rows]
+    if len(held) < 2:
+        raise InputError(f"{path} holds {len(held)} validation and test rows; the audit needs 2 at least")
+    reward = Reward.load(args.data, args.reward)
+    target = target_of(args, reward)
+    honest = np.array([score.reward for score in reward([sample_of(row) for row in held], target)])
+    if not args.json:
+        low, middle, high = np.percentile(honest, (5, 50, 95))
+        print(f"{len(held)} human rows: reward median {middle:.3f}, 5th to 95th percentile {low:.3f} to {high:.3f}")
+        print(f"{'hack':28} {'wins':>6} {'median':>8} {'highest':>8}   (upper bounds where the bound already loses)")
+    wins = {}
+    for family in FAMILIES:
+        tricks = ceilings(reward, [sample_of(hack(family, held, i, args.seed)) for i in range(len(held))], honest, target)
+        wins[family] = float((tricks >= honest).mean())
+        if not args.json:
+            print(f"{family:28} {wins[family]:6.1%} {np.median(tricks):8.3f} {tricks.max():8.3f}")
+    print(json.dumps({"families": wins, "worst": max(wins, key=wins.__getitem__)}))
+
+
+def ceilings(reward: Reward, samples: list[Sample], rivals: np.ndarray, target: float) -> np.ndarray:
+    """Rewards of samples, exact where they may reach their rival's; where perfect recall would still lose, that upper bound.
+
+    Most hacks lose by what counting words shows, and encoding is nearly all of the cost.
+    """
+    perfect = dict.fromkeys(reward.recall_keys(), 1.0)
+    verdicts = [verdict_of(sample) for sample in samples]
+    best = [
+        reward.combine(reward.measure_text(sample) | perfect if verdict == "ok" else {}, verdict, target).reward
+        for sample, verdict in zip(samples, verdicts, strict=True)
+    ]
+    close = [i for i, rival in enumerate(rivals) if verdicts[i] == "ok" and best[i] >= rival]
+    for i, score in zip(close, reward([samples[i] for i in close], target), strict=True):
+        best[i] = score.reward
+    return np.array(best)
+
+
+Args = (
+    Annotated[ScoreRows, tyro.conf.subcommand("score")]
+    | Annotated[Explain, tyro.conf.subcommand("explain")]
+    | Annotated[Rescore, tyro.conf.subcommand("rescore")]
+    | Annotated[Audit, tyro.conf.subcommand("audit")]
+)
+COMMANDS = {ScoreRows: score_rows, Explain: explain, Rescore: rescore, Audit: audit}
+
+if __name__ == "__main__":
+    run(lambda args: COMMANDS[type(args)](args), Args)

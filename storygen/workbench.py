@@ -1,0 +1,120 @@
+"""What the reward's workbench shows: rows read from a file, which word answered which, which pairs of samples flip."""
+
+import json
+from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from storygen import textstats as ts
+from storygen.bertscore import Encoder, Tf, token_weights, weighted
+from storygen.calibration import Calibration
+from storygen.cli import InputError
+
+
+def read_rows(path: Path, extra: dict[str, type] | None = None) -> list[dict[str, Any]]:
+    """Rows of a jsonl file, each checked for the keys of a sample and `extra` ones; InputError names file and line."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number}: not a JSON object")
+        for key, kind in ({"prompt": str, "think": str, "story": str, "finished": bool} | (extra or {})).items():
+            if not isinstance(row.get(key), (int, float) if kind is float else kind):
+                raise InputError(f"{path}:{number}: {key!r} must be a {KINDS[kind]}")
+        if row.get("room") is not None and not isinstance(row["room"], int):
+            raise InputError(f"{path}:{number}: 'room' must be a whole number")
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{path} holds no row")
+    return rows
+
+
+KINDS = {str: "string", bool: "boolean", float: "number", dict: "JSON object"}
+
+
+def answered(encoder: Encoder, think: str, story: str, table: np.ndarray, tf: Tf) -> Iterator[tuple[str, str, float, float]]:
+    """(outline word, story word that its pieces match best, mean similarity, share of the weight) for each content word."""
+    x, y = encoder.embed([think, story])
+    near = (x.vectors @ y.vectors.T).max(dim=1)
+    weights = token_weights(x.ids, table, tf)
+    places, answers = word_of_token(encoder, think), word_of_token(encoder, story)
+    for word in dict.fromkeys(place for place in places if place):
+        mine = [i for i, place in enumerate(places) if place == word]
+        if weights[mine].sum() > 0 and ts.words(word[1]) and ts.words(word[1])[0] not in ts.STOP_WORDS:
+            best = max(mine, key=lambda i: weights[i])
+            answer = answers[int(near.indices[best])]
+            similarity = weighted(near.values.double().cpu().numpy()[mine], weights[mine])
+            yield word[1], answer[1] if answer else "(start or end)", similarity, weights[mine].sum() / weights.sum()
+
+
+def word_of_token(encoder: Encoder, text: str) -> list[tuple[int, str] | None]:
+    """For each token of an `Embedded`, the word it is a piece of as (start, word); None for special tokens."""
+    text = text.strip()
+    spans = [(m.start(), m.end()) for m in ts.TOKEN.finditer(text)]
+    words: list[tuple[int, str] | None] = []
+    for start, end in encoder.backend.encode(text, add_special_tokens=False).offsets:
+        span = next(((a, b) for a, b in spans if a < end and start < b), (start, end))
+        words.append((span[0], text[span[0] : span[1]]))
+    return [*(None for _ in encoder.prefix), *words, *(None for _ in encoder.suffix)]
+
+
+def measures(calibration: Calibration, raw: dict[str, float]) -> Table:
+    """What was measured of a row, beside what human rows show."""
+    table = Table("measured", "here", "human 5th to 95th percentile")
+    for key, value in raw.items():
+        table.add_row(key, f"{value:.3f}", human_range(calibration, raw, key))
+    return table
+
+
+def answers(encoder: Encoder, think: str, story: str, idf: np.ndarray, tf: Tf) -> Table:
+    """Each content word of the outline beside the story word that answered it; poor answers in red."""
+    table = Table("outline word", "answered by", "similarity", "weight")
+    for word, answer, similarity, weight in answered(encoder, think, story, idf, tf):
+        table.add_row(word, answer, f"{similarity:.2f}", f"{weight:.1%}", style="" if similarity > 0.5 else "red")
+    return table
+
+
+def human_range(calibration: Calibration, raw: dict[str, float], key: str) -> str:
+    """What human rows show for a raw measure: 5th to 95th percentile, or chance and human level at that length."""
+    if key in calibration.quantiles:
+        return f"{calibration.quantile(key, 5):.3f} to {calibration.quantile(key, 95):.3f}"
+    if key in calibration.human:
+        n = raw[f"{key.partition(':')[0].partition('_')[2]}_words"]
+        return f"chance {calibration.chance[key](n):.3f}, human {calibration.human[key](n):.3f}"
+    return ""
+
+
+def flipped(groups: Sequence[Hashable], old: np.ndarray, new: np.ndarray) -> tuple[int, list[tuple[int, int]]]:
+    """Pairs of one group whose order under `old` is reversed under `new`, the widest reversal first.
+
+    Returns how many pairs the old scores order at all, and (was better, is better) indices of those that flip.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
+    pairs = [(i, j) for group in members.values() for i in group for j in group if old[i] > old[j]]
+    flips = [(i, j) for i, j in pairs if new[i] < new[j]]
+    return len(pairs), sorted(flips, key=lambda pair: new[pair[0]] - new[pair[1]])
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's: Pearson's correlation of the ranks, ties at their mean rank. NaN where one side is all ties."""
+    ranks = []
+    for values in (a, b):
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[inverse])
+    x, y = (rank - rank.mean() for rank in ranks)
+    scale = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / scale) if scale > 0 else float("nan")

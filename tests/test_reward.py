@@ -1,0 +1,238 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+import rew_config
+from rew_config import GUARDS, PARTS, Correlation, Guard, Guards, Length, OwnPart, Prose, Repetition, RewardConfig
+from reward import Reward, Sample
+from storygen.bertscore import recall
+from storygen.calibration import CAP, Calibration
+from storygen.cli import InputError
+from tests.reward_data import data_folder, held_out
+
+ROWS = held_out(8)
+
+
+@pytest.fixture(scope="module")
+def reward():
+    return Reward.load(data_folder())
+
+
+@pytest.fixture(scope="module")
+def raw(reward):
+    return reward.measure([Sample(**ROWS[0])])[0]
+
+
+def bare(calibration_of: Reward, config: RewardConfig) -> Reward:
+    return Reward(config, calibration_of.calibration)
+
+
+def test_formula_by_hand(reward, raw):
+    human = reward.calibration
+    score = reward.combine(raw | {"room": 16.0}, "ok", 300)
+    parts = {}
+    for pair, n in (("think_story", "story"), ("prompt_think", "think"), ("prompt_story", "story")):
+        low, high = (curve[f"{pair}:sublinear"](raw[f"{n}_words"]) for curve in (human.chance, human.human))
+        parts[pair] = min(1, max(0, (raw[f"{pair}:sublinear"] - low) / (high - low)))
+    correlation = 0.5 * parts["think_story"] + 0.25 * parts["prompt_think"] + 0.25 * parts["prompt_story"]
+    length = min(1, raw["story_words"] / 300)
+    excess = raw["repeated_2"] - human.repetition["2"]["p95"](raw["story_words"])
+    repetition = min(1, max(0, 1 - excess / 0.15))
+    prose = min(1, max(0, (0.8 - raw["dialogue"]) / (0.8 - human.quantile("dialogue", 75))))
+    product = 1.0
+    for value in score.guards.values():
+        product *= value
+    expected = product * (0.5 * correlation + 0.15 * length + 0.2 * repetition + 0.15 * prose) - 0.3 * (1 - 16 / 64)
+    assert score.reward == pytest.approx(expected)
+    assert set(score.parts) == {*PARTS, *parts}
+    assert set(score.guards) == set(GUARDS)
+
+
+def test_recalls_are_those_of_the_texts(reward, raw):
+    x, y = reward.encoder.embed([ROWS[0]["think"], ROWS[0]["story"]])
+    assert raw["think_story:sublinear"] == pytest.approx(recall(x, y, reward.idf.capped(CAP)), abs=1e-6)
+
+
+def test_malformed(reward):
+    score = reward([Sample("p", "t", "s", False), Sample("p", "t", "s", True, verdict="two_story_tags")], 200)
+    assert [s.verdict for s in score] == ["no_eos", "two_story_tags"]
+    assert all(s.reward == -1 and not any(s.parts.values()) and not any(s.guards.values()) for s in score)
+    assert reward([], 200) == []
+
+
+def test_human_rows_score_high_and_alone_as_together(reward):
+    together = reward([Sample(**row) for row in ROWS], reward.calibration.quantile("story_words", 50))
+    assert sorted(s.reward for s in together)[len(ROWS) // 2] >= 0.8
+    alone = reward([Sample(**ROWS[3])], reward.calibration.quantile("story_words", 50))[0]
+    assert alone.reward == pytest.approx(together[3].reward, abs=1e-5)
+    assert all(0 <= v <= 1 for s in together for v in (*s.parts.values(), *s.guards.values()))
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "better"),
+    [
+        ("think_story:sublinear", (0.2, 0.45, 0.55, 0.7), "more"),
+        ("prompt_think:sublinear", (0.2, 0.45, 0.55, 0.7), "more"),
+        ("repeated_2", (0.0, 0.1, 0.2, 0.5), "less"),
+        ("dialogue", (0.0, 0.3, 0.7, 1.0), "less"),
+        ("copied", (0.0, 0.1, 0.2, 0.5), "less"),
+        ("mattr", (0.2, 0.6, 0.7, 0.9), "more"),
+        ("order", (-1.0, 0.0, 0.3, 0.6), "more"),
+        ("densest", (0.1, 0.3, 0.5, 0.9), "less"),
+        ("room", (0.0, 10.0, 64.0, 500.0), "more"),
+    ],
+)
+def test_monotone(reward, raw, key, values, better):
+    rewards = [reward.combine(raw | {key: value}, "ok", 200).reward for value in values]
+    assert rewards == sorted(rewards, reverse=better == "less")
+    assert rewards[0] != rewards[-1]
+
+
+def test_outlines_may_be_neither_too_short_nor_too_long(reward, raw):
+    rewards = [reward.combine(raw | {"think_words": n}, "ok", 200).reward for n in (1.0, 30.0, 55.0, 90.0, 300.0)]
+    assert rewards[0] == rewards[-1] == 0
+    assert max(rewards) == rewards[2]
+
+
+def test_guard_switched_off_is_still_logged(reward, raw):
+    off = bare(reward, RewardConfig(guards=replace(Guards(), copied=Guard(on=False))))
+    copied = raw | {"copied": 0.9}
+    assert reward.combine(copied, "ok", 200).reward == 0
+    assert off.combine(copied, "ok", 200).reward == pytest.approx(reward.combine(raw, "ok", 200).reward)
+    assert off.combine(copied, "ok", 200).guards["copied"] == 0
+
+
+def test_weights_are_scaled_and_a_part_without_weight_is_a_monitor(reward, raw):
+    config = RewardConfig(
+        correlation=Correlation(weight=0), length=Length(0.3), prose=Prose(weight=0), repetition=Repetition(0.1, 0.2)
+    )
+    assert config.weights() == pytest.approx(
+        {"correlation": 0, "length": 0.75, "repetition": 0.25, "repetition4": 0, "prose": 0}
+    )
+    assert bare(reward, config).combine(raw, "ok", 200).parts["correlation"] > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Length(weight=1.5), r"length\.weight must be between 0 and 1, not 1.5"),
+        (lambda: Length(weight=float("nan")), r"length\.weight"),
+        (lambda: Repetition(0.1, 0), r"repetition\.slack"),
+        (lambda: Prose(zero_at=0), r"prose\.zero_at"),
+        (lambda: Correlation(tf="log"), r"correlation\.tf"),
+        (lambda: Correlation(think_story=0, prompt_think=0, prompt_story=0), "all 0"),
+        (lambda: Guard(level=20), "level"),
+        (lambda: RewardConfig(malformed_score=1), "malformed_score"),
+        (lambda: RewardConfig(Correlation(0), Length(0), Repetition(0, 1), Repetition(0, 1), Prose(0)), "all weights are 0"),
+    ],
+)
+def test_config_names_the_bad_field(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_own_part(reward):
+    def exclamation(sample):
+        marks = sample.story.count("!")
+        return (1.0 if marks <= 3 else 0.0), {"marks": marks}
+
+    rew_config.OWN_PARTS.append(OwnPart("calm", 1.0, exclamation))
+    try:
+        mine = Reward(RewardConfig(), reward.calibration, reward.idf, reward.encoder)
+        score = mine([Sample("p", ROWS[0]["think"], ROWS[0]["story"] + "!!!!", True)], 200)[0]
+        assert score.parts["calm"] == 0
+        assert score.raw["own:calm:marks"] >= 4
+        assert mine.weights["calm"] == pytest.approx(0.5)
+    finally:
+        rew_config.OWN_PARTS.clear()
+    with pytest.raises(ValueError, match="identifier"):
+        OwnPart("length", 0.1, exclamation)
+
+
+def test_load_says_what_is_missing(tmp_path):
+    with pytest.raises(InputError, match=r"data_prep\.py first"):
+        Reward.load(tmp_path)
+    for name in ("manifest.json", "idf.npz"):
+        (tmp_path / name).write_bytes((data_folder() / name).read_bytes())
+    other = replace(
+        Calibration.load(data_folder() / "calibration.json"), encoder={"name": "other", "layer": 9, "sha256": ""}
+    )
+    other.save(tmp_path / "calibration.json")
+    with pytest.raises(InputError, match="another encoder"):
+        Reward.load(tmp_path)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_score_rows(script, tmp_path, reward):
+    rows = [ROWS[0] | {"id": 7}, ROWS[1] | {"finished": False, "note": "ünfinished"}]
+    path, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "scored.jsonl"
+    result = script("reward.py", "score", path, "--data", data_folder(), "--out", out, "--length-target", "150")
+    assert result.returncode == 0, result.stderr
+    scored = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [row["id"] if "id" in row else row["note"] for row in scored] == [7, "ünfinished"]
+    assert scored[0]["reward"] == pytest.approx(reward([Sample(**ROWS[0])], 150)[0].reward, abs=1e-5)
+    assert (scored[1]["reward"], scored[1]["verdict"]) == (-1, "no_eos")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", ":2: not JSON"),
+        ("[1]", ":2: not a JSON object"),
+        ('{"prompt": "p", "think": "t", "story": 3, "finished": true}', ":2: 'story' must be a string"),
+        ('{"prompt": "p", "think": "t", "story": "s"}', ":2: 'finished' must be a boolean"),
+    ],
+)
+def test_score_bad_row(script, tmp_path, line, message):
+    path, out = write(tmp_path / "rows.jsonl", ROWS[:1]), tmp_path / "scored.jsonl"
+    path.write_text(path.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
+    result = script("reward.py", "score", path, "--data", data_folder(), "--out", out)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not out.exists()
+
+
+def test_explain(script, tmp_path):
+    result = script("reward.py", "explain", write(tmp_path / "r.jsonl", ROWS[:2]), "--row", "2", "--data", data_folder())
+    assert result.returncode == 0, result.stderr
+    for word in ("think_story", "on_prompt", "answered by", "similarity"):
+        assert word in result.stdout
+    assert script("reward.py", "explain", tmp_path / "r.jsonl", "--row", "3", "--data", data_folder()).returncode == 2
+
+
+def test_rescore(script, tmp_path, reward):
+    """Two samples of one prompt: the longer one wins on length alone, the better planned one on correlation."""
+    long = {"prompt": "p", "think": ROWS[0]["think"], "story": ROWS[1]["story"], "finished": True}
+    short = long | {"story": " ".join(ROWS[0]["story"].split()[:60]) + "."}
+    rows = [row | {"step": 1} for row in (long, short)]
+    for row in rows:
+        row["raw"] = reward.measure([Sample(row["prompt"], row["think"], row["story"], True)])[0]
+        row["reward"] = reward.combine(row["raw"], "ok", 200).reward
+    assert rows[1]["reward"] > rows[0]["reward"]
+    path = write(tmp_path / "samples.jsonl", rows)
+    base = ("reward.py", "rescore", path, "--data", data_folder(), "--length-target", "200")
+    same = script(*base)
+    assert "rank correlation 1.000" in same.stdout
+    assert "0 of 1 pairs" in same.stdout
+    changed = script(
+        *base, "--reward.correlation.weight", "0", "--reward.length.weight", "1", "--reward.repetition.weight", "0",
+        "--reward.prose.weight", "0", "--reward.guards.on-plan.no-on", "--reward.guards.on_prompt.no_on",
+    )  # fmt: skip
+    assert changed.returncode == 0, changed.stderr
+    assert "rank correlation -1.000" in changed.stdout
+    assert "1 of 1 pairs" in changed.stdout
+    other = script(*base, "--reward.correlation.tf", "raw")
+    assert other.returncode == 2
+    assert "logged under another tf" in other.stderr
+
+
+def test_bad_knob_on_the_command_line(script):
+    result = script("reward.py", "audit", "--data", data_folder(), "--reward.length.weight", "7")
+    assert result.returncode == 2
+    assert "length.weight" in result.stderr
