@@ -1,0 +1,161 @@
+"""The teacher: asks any OpenAI-compatible endpoint for the outline that a story could have been written from."""
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from storygen.cli import InputError
+
+MIN_WORDS, MAX_WORDS = 15, 200
+COPY_RUN, MAX_COPIED = 8, 0.2
+MAX_ANSWER_TOKENS = 2048
+REASONING = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)|\A.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+REFUSAL = re.compile(
+    r"\A\W*(?:i(?:'m| am) (?:sorry|unable|not able)|sorry\b|i (?:can(?:'t|not)|won't|will not)\b|as an ai\b|i apologi[sz]e"
+    r"|unfortunately,? i\b)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Where to ask and how. The API key comes from OPENAI_API_KEY alone and is written nowhere.
+
+    url: base of the endpoint, up to `/v1`. template: the question, with `{prompt}` and `{story}` in it. cache: jsonl file of
+    answers, appended to. concurrency: requests under way at once. retries: the client's, with backoff. timeout: seconds.
+    """
+
+    url: str
+    model: str
+    template: str
+    cache: Path
+    concurrency: int = 8
+    retries: int = 5
+    timeout: float = 120.0
+
+    def key(self, row: dict) -> str:
+        """What an answer depends on, hashed: the same row is never paid for twice, a changed question is asked again."""
+        parts = [self.template, row["prompt"], row["story"], self.model]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def question(self, row: dict) -> str:
+        """The template filled in one pass: a story that holds "{prompt}" stays as it is."""
+        return re.sub(r"\{(prompt|story)\}", lambda match: row[match[1]], self.template)
+
+
+def ask(rows: list[dict], teacher: Teacher, progress: Callable[[], None] = lambda: None) -> tuple[list[str | None], Counter]:
+    """(outline of each row or None, counts of `from_cache` and of why outlines are missing) for rows {prompt, story}.
+
+    Every answer is on disk before the next is waited for, so a stopped run goes on where it was. `progress` is called once
+    a row. InputError for a missing client, a wrong key or model, and an endpoint that answers nothing.
+    """
+    try:
+        import openai
+    except ImportError:
+        raise InputError("a teacher needs the openai client: pip install 'story-gen[teacher]'") from None
+
+    answers, counts = _read_cache(teacher.cache), Counter()
+    asked = {teacher.key(row): row for row in rows}
+    missing = {key: row for key, row in asked.items() if key not in answers}
+    counts["from_cache"] = len(asked) - len(missing)
+    for _ in range(len(rows) - len(missing)):
+        progress()
+    if missing:
+        client = openai.OpenAI(
+            base_url=teacher.url,
+            # Local servers take any key, but the client insists on one.
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",
+            max_retries=teacher.retries,
+            timeout=teacher.timeout,
+        )
+
+        def answer(row: dict) -> str:
+            messages = [{"role": "user", "content": teacher.question(row)}]
+            reply = client.chat.completions.create(
+                model=teacher.model, messages=messages, temperature=0.7, max_tokens=MAX_ANSWER_TOKENS
+            )
+            return (reply.choices[0].message.content if reply.choices else None) or ""
+
+        teacher.cache.parent.mkdir(parents=True, exist_ok=True)
+        pool = ThreadPoolExecutor(teacher.concurrency)
+        try:
+            with client, open(teacher.cache, "a", encoding="utf-8") as cache:
+                if cache.tell() and not _ends_a_line(teacher.cache):
+                    cache.write("\n")
+                futures = {pool.submit(answer, row): key for key, row in missing.items()}
+                for future in as_completed(futures):
+                    try:
+                        answers[futures[future]] = text = future.result()
+                    except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+                        raise InputError(f"teacher {teacher.url}, model {teacher.model}: {_first_line(error)}") from None
+                    except openai.APIConnectionError as error:
+                        raise InputError(
+                            f"teacher {teacher.url} does not answer ({_first_line(error)}); "
+                            f"{len(answers)} answers are kept in {teacher.cache}, run again to go on"
+                        ) from None
+                    except openai.OpenAIError:
+                        counts["request_failed"] += 1
+                    else:
+                        cache.write(json.dumps({"key": futures[future], "answer": text}) + "\n")
+                        cache.flush()
+                    progress()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    outlines: list[str | None] = []
+    for row in rows:
+        text = answers.get(teacher.key(row))
+        outline = None if text is None else REASONING.sub("", text).strip()
+        reason = None if outline is None else problem(outline, row["story"])
+        counts.update([reason] if reason else [])
+        outlines.append(None if reason else outline)
+    if rows and not any(outlines):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+        raise InputError(f"teacher {teacher.url}: not one usable outline in {len(rows)} rows ({reasons})")
+    return outlines, counts
+
+
+def problem(outline: str, story: str) -> str | None:
+    """Why an outline cannot be used: `refusal`, `outline_too_short`, `outline_too_long`, `outline_copies_story`; or None."""
+    words = outline.lower().split()
+    if REFUSAL.match(outline.replace("’", "'")):
+        return "refusal"
+    if len(words) < MIN_WORDS:
+        return "outline_too_short"
+    if len(words) > MAX_WORDS:
+        return "outline_too_long"
+    runs, of_story = _runs(words), set(_runs(story.lower().split()))
+    return "outline_copies_story" if sum(run in of_story for run in runs) > MAX_COPIED * len(runs) else None
+
+
+def _runs(words: list[str]) -> list[tuple[str, ...]]:
+    return list(zip(*(words[i:] for i in range(COPY_RUN)), strict=False))
+
+
+def _read_cache(path: Path) -> dict[str, str]:
+    """Answers by key. A line torn by a kill is skipped: its row is asked again."""
+    answers = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                record = json.loads(line)
+                answers[str(record["key"])] = str(record["answer"])
+            except (ValueError, TypeError, KeyError):
+                continue
+    return answers
+
+
+def _ends_a_line(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
