@@ -1,0 +1,289 @@
+"""Compare checkpoints on held-out prompts.
+
+    python evaluate.py artifacts/zeroshot artifacts/rl/final
+    python evaluate.py MODEL [MODEL …] --data DIR --out DIR --reference base_model
+
+Every model answers the same prompts with the same seed and is scored by the same reward. Intervals are 95% bootstrap
+intervals over prompts; each model is compared with the first one prompt by prompt.
+"""
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from rew_config import RewardConfig
+from reward import Reward, Sample, Score
+from storygen.batching import token_budget_batches
+from storygen.checkpoint import load_model
+from storygen.cli import InputError, pick_device, run, write_atomically
+from storygen.corpus import load_prompts
+from storygen.diversity import distinct, self_bleu
+from storygen.logprobs import best_dtype, response_logps
+from storygen.pattern import Pattern, context_length
+from storygen.sampler import sample
+from storygen.textstats import repeated_share, words
+
+RESAMPLES = 10_000
+DISTINCT_SIZE = 1_000  # bigrams: few enough that 64 short stories of one model hold them
+BLEU_REFERENCES = 32
+TOKENS = 8192  # of one forward pass, padding included
+
+
+@dataclass
+class Args:
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """Model folders made by pattern_learning.py or rl_train.py; each is compared with the first."""
+    data: Path = Path("artifacts/data")
+    """Folder made by data_prep.py."""
+    out: Path = Path("artifacts/evaluation")
+    """Where evaluation.json and samples.jsonl are written."""
+    json: bool = False
+    """Print one JSON object as the last line."""
+    num: int = 4
+    """Samples of each prompt."""
+    prompts: int = 64
+    """How many prompts of the split, drawn with the seed; all where it has fewer."""
+    split: str = "test"
+    """Split of the prompts: test, validation or train."""
+    seed: int = 0
+    """Seed of the prompts, the samples and the bootstrap."""
+    temperature: float = 1.0
+    """Divides the logits."""
+    length_target: float | None = None
+    """Words at which the reward's length part is 1. Default: the human median."""
+    reference: str | None = None
+    """A plain language model, such as base_model: the stories' negative log-likelihood under it is reported."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+
+
+def check(args: Args) -> None:
+    if not args.models:
+        raise InputError("give at least one model folder")
+    if len(set(args.models)) < len(args.models):
+        raise InputError("a model folder is given twice")
+    if args.num < 1 or args.prompts < 1 or args.seed < 0 or args.temperature <= 0:
+        raise InputError("--num and --prompts must be at least 1, --seed at least 0, --temperature above 0")
+    if args.length_target is not None and args.length_target <= 0:
+        raise InputError(f"--length-target must be above 0, not {args.length_target:g}")
+
+
+def write_samples(model, pattern: Pattern, prompts: list[str], args: Args) -> list[Sample]:
+    """`num` samples of each prompt, prompt by prompt."""
+    prefixes = [pattern.prefix(prompt) for prompt in prompts]
+    drawn = sample(
+        model, prefixes, args.num, eos_id=pattern.eos_id, seed=args.seed, temperature=args.temperature,
+        dtype=best_dtype(model.device), progress=True,
+    )  # fmt: skip
+    samples = []
+    for prompt, prefix, completions in zip(prompts, prefixes, drawn, strict=True):
+        for completion in completions:
+            parsed = pattern.parse(completion.ids)
+            room = context_length(model) - len(prefix) - len(completion.ids)
+            samples.append(Sample(prompt, parsed.think, parsed.story, parsed.finished, parsed.verdict, room))
+    return samples
+
+
+@torch.no_grad()
+def mean_logps(model, rows: list[list[int]], starts: list[int]) -> np.ndarray:
+    """Mean log-probability per token, in nats, of each row's tokens from its start on."""
+    means = np.zeros(len(rows))
+    for batch in token_budget_batches([len(row) for row in rows], TOKENS):
+        part, part_starts = [rows[i] for i in batch], [starts[i] for i in batch]
+        # Padding may be any id: it stands on the right, behind every token that is scored.
+        logps, _ = response_logps(model, part, part_starts, 0, dtype=best_dtype(model.device))
+        sizes = [len(row) - start for row, start in zip(part, part_starts, strict=True)]
+        means[batch] = [piece.double().mean().item() for piece in logps.split(sizes)]
+    return means
+
+
+def outline_worth(model, pattern: Pattern, samples: list[Sample], seed: int) -> tuple[np.ndarray, list[str]]:
+    """How much an outline helps its own story: nats per story token, given its outline less given one of another prompt.
+
+    One value for each well-formed sample, and its prompt. Near 0: the model writes its story whatever the plan says. Both
+    rows score the same story tokens, as many as fit the context behind the longer outline.
+    """
+    draw = np.random.default_rng(seed)
+    formed = [s for s in samples if s.verdict == "ok"]
+    own_rows, other_rows, kept = [], [], []
+    for s in formed:
+        others = [o.think for o in formed if o.prompt != s.prompt]
+        if not others:
+            continue
+        rows = []
+        for think in (s.think, others[draw.integers(len(others))]):
+            ids, start = pattern.row(s.prompt, think, s.story)
+            rows.append((ids, ids.index(pattern.story_id, start) + 1))
+        room = context_length(model) - max(start for _, start in rows)
+        if room < 1:
+            continue
+        own, other = ((ids[: start + room], start) for ids, start in rows)
+        own_rows.append(own)
+        other_rows.append(other)
+        kept.append(s.prompt)
+    if not kept:
+        return np.zeros(0), []
+    means = [mean_logps(model, *map(list, zip(*rows, strict=True))) for rows in (own_rows, other_rows)]
+    return means[0] - means[1], kept
+
+
+def reference_nll(reference, tokenizer, stories: list[str]) -> float | None:
+    """Mean negative log-likelihood per token, in nats, of stories as plain text, each up to the reference's context."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise InputError(f"--reference {tokenizer.name_or_path}: its tokenizer names no token to start a text with")
+    cut = {"add_special_tokens": False, "truncation": True, "max_length": context_length(reference) - 1}
+    rows = [[start, *tokenizer(story, **cut)["input_ids"]] for story in stories if story]
+    if not rows:
+        return None
+    sizes = np.array([len(row) - 1 for row in rows])
+    return float(-(mean_logps(reference, rows, [1] * len(rows)) * sizes).sum() / sizes.sum())
+
+
+def by_prompt(values, prompts: list[str]) -> np.ndarray:
+    """Mean over the samples of each prompt, prompts in order of first appearance: the unit of the bootstrap."""
+    groups: dict[str, list[float]] = {}
+    for value, prompt in zip(values, prompts, strict=True):
+        groups.setdefault(prompt, []).append(float(value))
+    return np.array([np.mean(group) for group in groups.values()])
+
+
+def bootstrap(values: np.ndarray, seed: int) -> dict[str, Any] | None:
+    """Mean, 95% percentile interval, and the two-sided p-value of a mean of 0, from resampling the values."""
+    if not len(values):
+        return None
+    picks = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    means = values[picks].mean(1)
+    tail = min((means <= 0).mean(), (means >= 0).mean())
+    low, high = np.percentile(means, (2.5, 97.5))
+    return {
+        "mean": float(values.mean()),
+        "ci95": [float(low), float(high)],
+        "p_mean_zero": float(min(1.0, max(2 * tail, 1 / RESAMPLES))),
+        "prompts": len(values),
+    }
+
+
+def describe(samples: list[Sample], scores: list[Score], seed: int) -> dict[str, Any]:
+    """The figures that need no model.
+
+    Parts and guards are of well-formed samples (of the others nothing is measured), lengths and diversity of all samples
+    that have a story. Lengths are in words.
+    """
+    formed = [score for score in scores if score.verdict == "ok"]
+    told = [s for s in samples if words(s.story)]
+    stories = [words(s.story) for s in told]
+    rep_2 = float(np.mean([repeated_share(text, 2) for text in stories])) if stories else None
+    return {
+        "reward": bootstrap(by_prompt([score.reward for score in scores], [s.prompt for s in samples]), seed),
+        "samples": len(samples),
+        "well_formed": len(formed) / len(samples),
+        "finished": sum(s.finished for s in samples) / len(samples),
+        "verdicts": dict(Counter(score.verdict for score in scores).most_common()),
+        "parts": {k: float(np.mean([score.parts[k] for score in formed])) for k in (formed[0].parts if formed else ())},
+        "guards_fired": {k: float(np.mean([s.guards[k] < 1 for s in formed])) for k in (formed[0].guards if formed else ())},
+        "story_words": {f"p{q}": float(np.percentile([len(t) for t in stories], q)) if told else None for q in (10, 50, 90)},
+        "outline_words_p50": float(np.median([len(words(s.think)) for s in told])) if told else None,
+        "rep_2": rep_2,
+        "distinct_2_story": None if rep_2 is None else 1 - rep_2,
+        "distinct_2_set": distinct(stories, 2, DISTINCT_SIZE) if stories else None,
+        "self_bleu_4": self_bleu(stories, 4, BLEU_REFERENCES, seed) if len(stories) > 1 else None,
+    }
+
+
+def table(results: list[dict[str, Any]]) -> Table:
+    """One column a model, one row a measure."""
+    shares = "shares of samples, guards of well-formed ones; nats a token; intervals: 95%, bootstrap over prompts"
+    grid = Table(caption=shares, caption_justify="left")
+    grid.add_column("")
+    for result in results:
+        grid.add_column(result["model"], justify="right", overflow="fold")
+
+    def number(value: float | None, digits: int = 3) -> str:
+        return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+    def interval(value: dict | None) -> str:
+        return "–" if value is None else f"{number(value['mean'])} [{', '.join(number(end) for end in value['ci95'])}]"
+
+    def add(name: str, show) -> None:
+        grid.add_row(name, *(show(result) for result in results))
+
+    add("reward", lambda r: interval(r["reward"]))
+    if len(results) > 1:
+        add("  less the first's", lambda r: interval(r["vs_first"]) if r["vs_first"] else "")
+    add("well-formed", lambda r: number(r["well_formed"]))
+    add("finished", lambda r: number(r["finished"]))
+    for name in dict.fromkeys(name for r in results for name in r["parts"]):
+        add(f"part {name}", lambda r, name=name: number(r["parts"].get(name)))
+    for name in dict.fromkeys(name for r in results for name, share in r["guards_fired"].items() if share > 0):
+        add(f"guard {name} fired", lambda r, name=name: number(r["guards_fired"].get(name)))
+    add(
+        "story words p10/p50/p90",
+        lambda r: " / ".join(number(r["story_words"][k], 0) for k in ("p10", "p50", "p90")),
+    )
+    add("outline words p50", lambda r: number(r["outline_words_p50"], 0))
+    add("rep-2 in a story", lambda r: number(r["rep_2"]))
+    add("distinct-2 in a story", lambda r: number(r["distinct_2_story"]))
+    add(f"distinct-2 of {DISTINCT_SIZE:,}", lambda r: number(r["distinct_2_set"]))
+    add("self-BLEU-4", lambda r: number(r["self_bleu_4"]))
+    if any(r["reference_nll"] is not None for r in results):
+        add("reference NLL, nats", lambda r: number(r["reference_nll"]))
+    add("outline's worth, nats", lambda r: interval(r["outline_worth"]))
+    return grid
+
+
+def main(args: Args) -> None:
+    check(args)
+    device = pick_device(args.device)
+    for folder in args.models:
+        Pattern(load_model(folder)[1])  # a folder that cannot be used is named before minutes go into the others
+    reference = load_model(args.reference, device) if args.reference else None
+    pool = load_prompts(args.data, args.split)
+    if not pool:
+        raise InputError(f"{args.data} holds no prompt of the split {args.split}: give another --split")
+    order = np.random.default_rng(args.seed).permutation(len(pool))[: args.prompts]
+    prompts = [pool[i] for i in sorted(order)]
+    reward = Reward.load(args.data, args.reward, device)
+    length_target = args.length_target or reward.calibration.quantile("story_words", 50)
+
+    results, rows, first = [], [], None
+    for folder in args.models:
+        model, tokenizer = load_model(folder, device)
+        pattern = Pattern(tokenizer)
+        samples = write_samples(model, pattern, prompts, args)
+        scores = reward(samples, length_target)
+        result = {"model": folder, **describe(samples, scores, args.seed)}
+        per_prompt = by_prompt([score.reward for score in scores], [s.prompt for s in samples])
+        first = per_prompt if first is None else first
+        result["vs_first"] = bootstrap(per_prompt - first, args.seed) if results else None
+        result["outline_worth"] = bootstrap(by_prompt(*outline_worth(model, pattern, samples, args.seed)), args.seed)
+        result["reference_nll"] = reference_nll(*reference, [s.story for s in samples]) if reference else None
+        results.append(result)
+        rows += [{"model": folder, **vars(s), **vars(score)} for s, score in zip(samples, scores, strict=True)]
+
+    report = {
+        "data": str(args.data), "split": args.split, "prompts": len(prompts), "num": args.num, "seed": args.seed,
+        "temperature": args.temperature, "length_target": length_target, "reference": args.reference, "device": device,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}, "models": results,
+    }  # fmt: skip
+    write_atomically(args.out / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomically(args.out / "evaluation.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    Console().print(table(results))
+    print(f"{len(prompts)} {args.split} prompts, {args.num} samples of each; {args.out / 'evaluation.json'}, samples.jsonl")
+    if args.json:
+        print(json.dumps(report, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    run(main, Args)
