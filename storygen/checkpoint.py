@@ -107,7 +107,7 @@ def save_state(
     with _whole_folder(folder / f"step_{step:06d}") as aside:
         save_file({k: v.contiguous() for k, v in _own_parameters(model).items()}, aside / "model.safetensors")
         save_file(_moments(model, optimizer), aside / "optimizer.safetensors")
-        (aside / "state.json").write_text(json.dumps({"step": step, **state}))
+        (aside / "state.json").write_text(json.dumps({**state, "step": step}))
         sums = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
         (aside / "manifest.json").write_text(json.dumps({"sha256": sums}, indent=1))
     for old in checkpoints(folder)[:-keep]:

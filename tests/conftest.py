@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tiny models are faster on one thread than on several that wait for each other; scripts started by tests inherit it.
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from storygen.pattern import Pattern, add_pattern_tokens
 
+torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 
 

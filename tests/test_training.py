@@ -16,7 +16,9 @@ ROWS = [list(range(5, 30)), list(range(40, 52)), list(range(100, 140)), [7, 8, 9
 STARTS = [6, 3, 30, 1]
 
 
-@given(st.lists(st.integers(1, 900), min_size=1, max_size=60), st.integers(900, 5000), st.one_of(st.none(), st.integers(0, 99)))
+@given(
+    st.lists(st.integers(1, 900), min_size=1, max_size=60), st.integers(900, 5000), st.one_of(st.none(), st.integers(0, 99))
+)
 def test_batches_hold_every_row_once_within_the_budget(lengths, budget, seed):
     generator = None if seed is None else np.random.default_rng(seed)
     batches = token_budget_batches(lengths, budget, generator)
@@ -77,7 +79,7 @@ def test_checkpoint_continues_to_the_same_bytes(tmp_path):
     for step in range(1, 6):
         training_step(model, optimizer, tokenizer.pad_token_id, step)
         if step == 3:
-            save_state(tmp_path, step, model, optimizer, {"length_target": 99.5})
+            save_state(tmp_path, step, model, optimizer, {"step": 0, "length_target": 99.5})
     again, _, other = make_run(seed=1)
     state = load_state(tmp_path, again, other)
     assert state == {"step": 3, "length_target": 99.5}

@@ -1,0 +1,270 @@
+"""Stage 2: teach a base model the pattern, first with a static example before every row, then without.
+
+    python pattern_learning.py --mode oneshot
+    python pattern_learning.py --mode zeroshot
+
+The loss is taken on what the model has to write itself: outline, `<story>`, story and `<eos>` of the real row, never on the
+example or the prompt. The weights with the lowest validation loss are kept. A run that was stopped goes on when the same
+command is given again.
+"""
+
+import json
+import math
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from storygen.batching import token_budget_batches
+from storygen.checkpoint import Interrupt, load_model, load_state, save_model, save_state
+from storygen.cli import InputError, as_json, fill, pick_device, run, write_atomically
+from storygen.corpus import load_manifest, load_sft
+from storygen.logprobs import best_dtype, response_logps
+from storygen.pattern import Pattern, add_pattern_tokens, context_length
+from storygen.sampler import sample
+from storygen.tracking import Log, progress, show_sample
+
+ROOT = Path(__file__).resolve().parent
+
+
+@dataclass
+class Args:
+    mode: Literal["oneshot", "zeroshot"]
+    """oneshot: a static example, drawn at random, stands before every row. zeroshot: the row alone."""
+    data: Path = Path("artifacts/data")
+    """Folder made by data_prep.py; its manifest names the preset."""
+    out: Path | None = None
+    """Model folder to make. Default artifacts/oneshot or artifacts/zeroshot."""
+    model: str | None = None
+    """Where to start: a model folder or hub name. Default for oneshot the preset's base model, for zeroshot artifacts/oneshot."""
+    revision: str | None = None
+    """Commit of a hub model. Default: the preset's pinned one."""
+    examples: Path = ROOT / "prompts" / "oneshot.jsonl"
+    """The static one-shot examples: rows of prompt, think, story."""
+    steps: int | None = None
+    """Optimizer steps. Default by preset."""
+    lr: float | None = None
+    """Peak learning rate of AdamW. Default by preset."""
+    warmup: int = 20
+    """Steps of linear warm-up; a cosine to a tenth of the peak follows."""
+    batch_tokens: int | None = None
+    """Tokens a step, padding included. Default by preset."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    eval_every: int | None = None
+    """Steps between validations (loss and a sample of every held-out prompt asked for). Default by preset."""
+    eval_prompts: int = 64
+    """Validation prompts to sample for the share of well-formed completions."""
+    save_every: int = 100
+    """Steps between checkpoints to resume from."""
+    seed: int = 0
+    """Seed of the data order, of the examples drawn and of the validation samples."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the forward pass; weights stay fp32. auto: bf16 where the device multiplies it natively."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    steps: int
+    lr: float
+    batch_tokens: int
+    eval_every: int
+
+
+RECIPES = {
+    ("demo", "oneshot"): Recipe(steps=160, lr=1e-3, batch_tokens=4096, eval_every=40),
+    ("demo", "zeroshot"): Recipe(steps=240, lr=6e-4, batch_tokens=4096, eval_every=40),
+    # About three epochs of the 1.97K rows in each mode, at the usual fine-tuning rate of GPT-2 124M.
+    ("gpt2", "oneshot"): Recipe(steps=400, lr=5e-5, batch_tokens=16384, eval_every=50),
+    ("gpt2", "zeroshot"): Recipe(steps=300, lr=5e-5, batch_tokens=16384, eval_every=50),
+}
+BASE_MODELS = {
+    "demo": (str(ROOT / "base_model"), None),
+    "gpt2": ("openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"),
+}
+
+
+def load_examples(path: Path, pattern: Pattern) -> list[list[int]]:
+    """The static examples as complete rows of ids, `<eos>` included."""
+    try:
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        return [pattern.row(row["prompt"], row["think"], row["story"])[0] for row in rows]
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: rows need the fields prompt, think and story as text ({error!r})") from None
+
+
+def epoch_rows(rows, examples: list[list[int]], generator: np.random.Generator, context: int):
+    """The rows of one epoch, (ids, response start): in one-shot mode behind an example that leaves them room, if any does."""
+    if not examples:
+        return rows
+    out = []
+    for ids, start in rows:
+        example = examples[generator.integers(len(examples))]
+        fits = len(example) + len(ids) <= context
+        out.append((example + ids, len(example) + start) if fits else (ids, start))
+    return out
+
+
+def batches(rows, examples: list[list[int]], args: Args, context: int):
+    """An endless stream of batches of (ids, response start), the same for the same seed."""
+    for epoch in count():
+        generator = np.random.default_rng((args.seed, epoch))
+        drawn = epoch_rows(rows, examples, generator, context)
+        for batch in token_budget_batches([len(ids) for ids, _ in drawn], args.batch_tokens, generator):
+            yield [drawn[i] for i in batch]
+
+
+def loss_sum(model, batch, pattern: Pattern, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
+    """Negative log-likelihood of the batch's responses, nats, summed; and how many tokens that is."""
+    ids, starts = zip(*batch)
+    logps, _ = response_logps(model, list(ids), list(starts), pattern.pad_id, dtype=dtype)
+    return -logps.sum(), len(logps)
+
+
+@torch.no_grad()
+def validation_loss(model, rows, pattern: Pattern, args: Args, dtype: torch.dtype) -> float:
+    """Nats per response token over all validation rows."""
+    total, tokens = 0.0, 0
+    for batch in token_budget_batches([len(ids) for ids, _ in rows], args.batch_tokens):
+        loss, n = loss_sum(model, [rows[i] for i in batch], pattern, dtype)
+        total, tokens = total + loss.item(), tokens + n
+    return total / tokens
+
+
+def learning_rate(step: int, args: Args) -> float:
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    done = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+def main(args: Args) -> None:
+    manifest = load_manifest(args.data)
+    preset = manifest["preset"]
+    print(f"preset {preset}, as {args.data}/manifest.json says")
+    fill(args, RECIPES[preset, args.mode])
+    args.out = args.out or Path("artifacts") / args.mode
+    if args.model is None and args.mode == "oneshot":
+        args.model, args.revision = BASE_MODELS[preset]
+    args.model = args.model or "artifacts/oneshot"
+    if args.steps < 1 or args.batch_tokens < 1 or args.eval_every < 1:
+        raise InputError("--steps, --batch-tokens and --eval-every must be at least 1")
+    device = pick_device(args.device)
+    dtype = (
+        best_dtype(device) if args.precision == "auto" else {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
+    )
+    config = as_json(args)
+    print(json.dumps(config))
+
+    model, tokenizer = load_model(args.model, device, args.revision)
+    add_pattern_tokens(model, tokenizer)
+    pattern = Pattern(tokenizer)
+    context = context_length(model)
+    examples = load_examples(args.examples, pattern) if args.mode == "oneshot" else []
+    if args.mode == "oneshot" and not examples:
+        raise InputError(f"{args.examples} holds no example")
+    rows = {}
+    for split in ("train", "validation"):
+        texts = load_sft(args.data, split)
+        fitted = [pattern.fit(r["prompt"], r["think"], r["story"], context) for r in texts]
+        rows[split] = [row for row in fitted if row is not None]
+        shortened = sum(
+            row is not None and len(row[0]) < len(pattern.row(r["prompt"], r["think"], r["story"])[0])
+            for row, r in zip(fitted, texts)
+        )
+        print(
+            f"{split}: {len(rows[split])} rows, {shortened} shortened, {len(texts) - len(rows[split])} dropped (context {context})"
+        )
+        if not rows[split]:
+            raise InputError(f"{args.data} has no {split} row that fits a context of {context} tokens")
+    # Validation rows meet the same example at every validation, so losses compare.
+    rows["validation"] = epoch_rows(rows["validation"], examples, np.random.default_rng(args.seed), context)
+    held_out = rows["validation"][: args.eval_prompts]
+
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
+    )
+    states, best_folder = args.out / "checkpoints", args.out / "best"
+    args.out.mkdir(parents=True, exist_ok=True)
+    state = load_state(states, model, optimizer)
+    if state is not None and state["config"] != config:
+        raise InputError(f"{args.out} holds an unfinished run with other settings: give another --out, or delete it")
+    state = state or {"step": 0, "best_loss": math.inf, "log_size": 0}
+    write_atomically(args.out / "run.json", json.dumps(config, indent=1))
+    log = Log(args.out / "metrics.jsonl", state["log_size"])
+    interrupt = Interrupt()
+    best_loss = state["best_loss"]
+
+    def evaluate(step: int) -> dict:
+        nonlocal best_loss
+        model.eval()
+        loss = validation_loss(model, rows["validation"], pattern, args, dtype)
+        prefixes = [ids[:start] for ids, start in held_out]
+        drawn = sample(model, prefixes, 1, eos_id=pattern.eos_id, seed=args.seed, dtype=dtype)
+        parsed = [pattern.parse(completions[0].ids) for completions in drawn]
+        if loss < best_loss:
+            best_loss = loss
+            save_model(model, tokenizer, best_folder)
+        first = parsed[0]
+        prompt = pattern.decode(prefixes[0][len(prefixes[0]) - prefixes[0][::-1].index(pattern.prompt_id) : -2])
+        show_sample(f"step {step}: a held-out prompt ({first.verdict})", prompt, first.think, first.story)
+        return {"val_loss": loss, "well_formed": sum(p.verdict == "ok" for p in parsed) / len(parsed)}
+
+    start = state["step"]
+    stream = islice(batches(rows["train"], examples, args, context), start, None)
+    last = {"val_loss": math.nan, "well_formed": math.nan}
+    with progress(args.steps, start, f"{args.mode} learning") as bar:
+        for step in range(start, args.steps):
+            clock = time.perf_counter()
+            model.train()
+            torch.manual_seed(args.seed * 1_000_003 + step)  # dropout: a stream of its own for every step, as after a resume
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            batch = next(stream)
+            loss, tokens = loss_sum(model, batch, pattern, dtype)
+            (loss / tokens).backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+            if not math.isfinite(norm):
+                raise InputError(f"gradient is not finite at step {step + 1}: lower --lr")
+            optimizer.step()
+            optimizer.zero_grad()
+            done = step + 1
+            row = {"step": done, "loss": loss.item() / tokens, "grad_norm": norm, "lr": learning_rate(step, args),
+                   "tokens_per_second": sum(len(ids) for ids, _ in batch) / (time.perf_counter() - clock)}  # fmt: skip
+            if done % args.eval_every == 0 or done == args.steps:
+                last = evaluate(done)
+                row |= last
+            log.write(row)
+            bar.update()
+            bar.set_postfix(
+                loss=f"{row['loss']:.3f}", val=f"{last['val_loss']:.3f}", well_formed=f"{last['well_formed']:.2f}",
+                tok_s=f"{row['tokens_per_second']:.0f}",
+            )  # fmt: skip
+            if (done % args.save_every == 0 or interrupt.stop) and done < args.steps:
+                state = {"best_loss": best_loss, "log_size": log.size(), "config": config}
+                save_state(states, done, model, optimizer, state)
+            if interrupt.stop and done < args.steps:
+                print(f"stopped at step {done}; the same command goes on from here", file=sys.stderr)
+                sys.exit(interrupt.stop)
+
+    for file in best_folder.iterdir():
+        file.replace(args.out / file.name)
+    best_folder.rmdir()
+    shutil.rmtree(states, ignore_errors=True)
+    print(f"{args.out}: best validation loss {best_loss:.3f} nats a token, {last['well_formed']:.0%} of samples well-formed")
+
+
+if __name__ == "__main__":
+    run(main, Args)

@@ -1,0 +1,427 @@
+"""Stage 3: improve outline and story by critic-free PPO, from prompts alone.
+
+    python rl_train.py                      # artifacts/zeroshot -> artifacts/rl
+    python rl_train.py --resume             # go on after an interruption, to the same bytes as without it
+    python rl_train.py --reward.length.weight 0.3 --out artifacts/rl_longer
+
+A step samples K stories for each of P prompts, scores them, compares the samples of a prompt with each other, and takes a
+few clipped gradient steps against a frozen copy of the start. Every random draw is keyed by (seed, step), so nothing but
+weights, optimizer, step, length target, beta and running means has to be carried over a restart.
+"""
+
+import json
+import math
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import transformers
+
+from rew_config import RewardConfig
+from reward import Reward, Sample, Score
+from storygen.batching import token_budget_batches
+from storygen.checkpoint import Interrupt, checkpoints, load_model, load_state, save_model, save_state, weights_sha256
+from storygen.cli import InputError, as_json, fill, pick_device, run, write_atomically
+from storygen.corpus import load_manifest, load_prompts
+from storygen.logprobs import best_dtype, check_forward, response_logps
+from storygen.pattern import Pattern, context_length
+from storygen.ppo import Advantage, adapt_beta, advantages, next_length_target, policy_loss
+from storygen.report import write_report
+from storygen.sampler import sample
+from storygen.textstats import words
+from storygen.tracking import Log, describe, progress, sample_rows, show_sample
+
+
+@dataclass
+class Args:
+    data: Path = Path("artifacts/data")
+    """Folder made by data_prep.py."""
+    model: str = "artifacts/zeroshot"
+    """Where to start, and the frozen reference: a model folder made by pattern_learning.py."""
+    out: Path = Path("artifacts/rl")
+    """Run folder: checkpoints/, final/, metrics.jsonl, samples.jsonl, run.json, report.html."""
+    steps: int | None = None
+    """Steps in all, those before a resume included. Default by preset."""
+    seed: int = 0
+    """Seed of the prompt order, the samples and the minibatches."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint in --out; start from the beginning where there is none."""
+
+    prompts: int | None = None
+    """P, prompts a step. Default by preset."""
+    k: int | None = None
+    """K, samples of each prompt. Default by preset."""
+    advantage: Advantage = "loo"
+    """loo: against the prompt's other samples; group: GRPO; batch; raw: the reward itself. See storygen/ppo.py."""
+    temperature: float = 1.0
+    """Divides the logits in sampling, policy and reference alike."""
+
+    lr: float | None = None
+    """AdamW's learning rate after warm-up. Default by preset."""
+    warmup: int = 5
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    epochs: int = 1
+    """Passes over a step's samples."""
+    minibatches: int = 2
+    """Optimizer steps a pass; a prompt's samples stay together."""
+    micro_tokens: int | None = None
+    """Tokens of one forward and backward pass, padding included: the memory knob, without effect on the result. By preset."""
+    clip_low: float = 0.2
+    """The ratio is clipped below 1 - clip_low."""
+    clip_high: float = 0.28
+    """The ratio is clipped above 1 + clip_high."""
+    dual_clip: float = 3.0
+    """Bound on the loss where the advantage is negative, in advantages."""
+    beta: float = 0.02
+    """KL coefficient of the first step; it adapts."""
+    kl_target: float = 0.05
+    """KL to the reference that beta steers to, nats per token."""
+    kl_stop: float = 0.03
+    """KL(old || new), nats per token, over which a step's remaining minibatches are left out."""
+
+    eval_every: int | None = None
+    """Steps between evaluations on held-out prompts. Default by preset."""
+    eval_prompts: int = 64
+    """Validation prompts an evaluation samples, one story each, always with the same seed."""
+    save_every: int = 10
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+    show_every: int = 10
+    """Steps between sample stories shown in the terminal."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the forward passes; weights and log-softmax stay fp32. auto: bf16 where the device multiplies it natively."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """The reward's knobs; see rew_config.py."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    steps: int
+    prompts: int
+    k: int
+    lr: float
+    micro_tokens: int
+    eval_every: int
+
+
+RECIPES = {
+    "demo": Recipe(steps=40, prompts=8, k=8, lr=1e-4, micro_tokens=4096, eval_every=10),
+    "gpt2": Recipe(steps=500, prompts=32, k=8, lr=1e-5, micro_tokens=8192, eval_every=25),
+}
+
+
+@dataclass
+class Rollout:
+    """The samples of one step, prompt by prompt, K of each."""
+
+    prompts: list[str]
+    rows: list[list[int]]
+    starts: list[int]
+    sampler_logps: torch.Tensor
+    samples: list[Sample]
+
+
+def rollout(
+    model, pattern: Pattern, prompts: list[str], k: int, seed: tuple[int, int], args: Args, dtype: torch.dtype
+) -> Rollout:
+    prefixes = [pattern.prefix(prompt) for prompt in prompts]
+    context = context_length(model)
+    out = Rollout([], [], [], torch.empty(0), [])
+    drawn = sample(model, prefixes, k, eos_id=pattern.eos_id, seed=seed, temperature=args.temperature, dtype=dtype)
+    for prompt, prefix, completions in zip(prompts, prefixes, drawn):
+        for completion in completions:
+            parsed = pattern.parse(completion.ids)
+            room = context - len(prefix) - len(completion.ids)
+            out.prompts.append(prompt)
+            out.rows.append(prefix + completion.ids)
+            out.starts.append(len(prefix))
+            out.samples.append(Sample(prompt, parsed.think, parsed.story, parsed.finished, parsed.verdict, room))
+    logps = [logp for completions in drawn for completion in completions for logp in completion.logps]
+    out.sampler_logps = torch.tensor(logps, device=model.device)
+    return out
+
+
+@torch.no_grad()
+def all_logps(model, batch: Rollout, micro: list[list[int]], pattern: Pattern, args: Args, dtype: torch.dtype):
+    """Log-probabilities and entropies of every response, one tensor a row."""
+    logps: list[torch.Tensor] = [torch.empty(0)] * len(batch.rows)
+    entropies = list(logps)
+    for part in micro:
+        rows, starts = [batch.rows[i] for i in part], [batch.starts[i] for i in part]
+        flat = response_logps(model, rows, starts, pattern.pad_id, dtype=dtype, temperature=args.temperature)
+        sizes = [len(row) - start for row, start in zip(rows, starts)]
+        for i, logp, entropy in zip(part, flat[0].split(sizes), flat[1].split(sizes)):
+            logps[i], entropies[i] = logp, entropy
+    return logps, entropies
+
+
+def update(
+    model, optimizer, batch: Rollout, old, ref, advantage: list[float], beta: float, step: int, args: Args, pattern, dtype
+):
+    """The clipped gradient steps on one rollout. Returns metrics; a minibatch whose gradient is not finite is skipped."""
+    generator = np.random.default_rng((args.seed, step, 1))
+    totals = {"approx_kl": 0.0, "clipped": 0.0, "loss": 0.0, "tokens": 0, "skipped": 0, "updates": 0, "grad_norm": 0.0}
+    groups = len(batch.rows) // args.k
+    stopped = False
+    for _ in range(args.epochs):
+        for part in np.array_split(generator.permutation(groups), args.minibatches):
+            members = [int(g) * args.k + j for g in sorted(part) for j in range(args.k)]
+            lengths = [len(batch.rows[i]) for i in members]
+            tokens = sum(len(batch.rows[i]) - batch.starts[i] for i in members)
+            approx_kl = 0.0
+            for micro in token_budget_batches(lengths, args.micro_tokens):
+                chosen = [members[m] for m in micro]
+                rows, starts = [batch.rows[i] for i in chosen], [batch.starts[i] for i in chosen]
+                logps, _ = response_logps(model, rows, starts, pattern.pad_id, dtype=dtype, temperature=args.temperature)
+                old_logps, ref_logps = torch.cat([old[i] for i in chosen]), torch.cat([ref[i] for i in chosen])
+                per_token = torch.cat([torch.full_like(old[i], advantage[i]) for i in chosen])
+                loss, stats = policy_loss(
+                    logps, old_logps, ref_logps, per_token, tokens, beta=beta,
+                    clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip,
+                )  # fmt: skip
+                loss.backward()
+                approx_kl += stats.approx_kl
+                totals["clipped"] += stats.clipped
+                totals["loss"] += stats.loss
+            totals["approx_kl"] += approx_kl
+            totals["tokens"] += tokens
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+            if not math.isfinite(norm):
+                totals["skipped"] += 1
+            elif approx_kl / tokens > args.kl_stop:
+                stopped = True
+            else:
+                optimizer.step()
+                totals["updates"] += 1
+                totals["grad_norm"] = max(totals["grad_norm"], norm)
+            optimizer.zero_grad()
+            if stopped:
+                break
+        if stopped:
+            break
+    return {
+        "policy/loss": totals["loss"] / max(1, totals["updates"]),
+        "policy/approx_kl": totals["approx_kl"] / totals["tokens"],
+        "policy/clipfrac": totals["clipped"] / totals["tokens"],
+        "policy/grad_norm": totals["grad_norm"],
+        "policy/updates": totals["updates"],
+        "policy/skipped": totals["skipped"],
+    }
+
+
+def step_prompts(prompts: list[str], step: int, args: Args) -> list[str]:
+    """The P prompts of a step (from 1): the data in a new random order every epoch, none twice within one."""
+    first = (step - 1) * args.prompts
+    places = range(first, first + args.prompts)
+    orders = {
+        e: np.random.default_rng((args.seed, e, 2)).permutation(len(prompts)) for e in {i // len(prompts) for i in places}
+    }
+    return [prompts[orders[i // len(prompts)][i % len(prompts)]] for i in places]
+
+
+def quality(score: Score, config: RewardConfig) -> float:
+    """What a sample earns apart from its length: the other weighted parts, through the guards that are on."""
+    others = sum(weight * score.parts[name] for name, weight in config.weights().items() if name != "length")
+    return others * math.prod(value for name, value in score.guards.items() if getattr(config.guards, name).on)
+
+
+def main(args: Args) -> None:
+    manifest = load_manifest(args.data)
+    preset = manifest["preset"]
+    print(f"preset {preset}, as {args.data}/manifest.json says")
+    fill(args, RECIPES[preset])
+    for name in ("steps", "prompts", "k", "epochs", "minibatches", "micro_tokens", "eval_every", "save_every", "keep"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.advantage in ("loo", "group") and args.k < 2:
+        raise InputError(
+            f"--advantage {args.advantage} compares samples of one prompt: --k must be at least 2, not {args.k}"
+        )
+    if args.temperature <= 0:
+        raise InputError(f"--temperature must be above 0, not {args.temperature}")
+    if args.minibatches > args.prompts:
+        raise InputError(f"--minibatches {args.minibatches} is more than the {args.prompts} prompts of a step")
+    states = args.out / "checkpoints"
+    if checkpoints(states) and not args.resume:
+        raise InputError(f"{args.out} holds a run: continue it with --resume, or give another --out")
+    device = pick_device(args.device)
+    dtype = (
+        best_dtype(device) if args.precision == "auto" else {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
+    )
+
+    model, tokenizer = load_model(args.model, device)
+    reference, _ = load_model(args.model, device)
+    reference.requires_grad_(False)
+    pattern = Pattern(tokenizer)
+    context = context_length(model)
+    reward = Reward.load(args.data, args.reward, device, dtype)
+    all_prompts = load_prompts(args.data, "train")
+    prompts = [p for p in all_prompts if len(pattern.prefix(p)) <= context // 2]
+    held_out = [p for p in load_prompts(args.data, "validation") if len(pattern.prefix(p)) <= context // 2]
+    held_out = held_out[: args.eval_prompts]
+    print(f"{len(prompts)} prompts, {len(all_prompts) - len(prompts)} dropped (over half the context of {context} tokens)")
+    if len(prompts) < args.prompts or not held_out:
+        raise InputError(
+            f"{args.data} has {len(prompts)} training and {len(held_out)} validation prompts: too few for a step"
+        )
+
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
+    )
+    # What makes a run another run. A resumed one may have more steps, or stand elsewhere.
+    config = {k: v for k, v in as_json(args).items() if k not in ("steps", "resume", "out", "device", "data", "model")}
+    config |= {"model_sha256": weights_sha256(args.model), "data": manifest["hashes"]}
+    state = load_state(states, model, optimizer) if args.resume else None
+    if state is not None and state["config"] != config:
+        changed = sorted(k for k in config if state["config"].get(k) != config[k])
+        raise InputError(f"{args.out} holds a run with other settings ({', '.join(changed)}): give another --out")
+    state = state or {"step": 0, "metrics_size": 0, "samples_size": 0}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
+    run_facts = {"args": as_json(args), "preset": preset, "versions": versions, "dtype": str(dtype), **config}
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.out / "run.json", json.dumps(run_facts, indent=1))
+    print(json.dumps(as_json(args)))
+    metrics = Log(args.out / "metrics.jsonl", state["metrics_size"])
+    samples_log = Log(args.out / "samples.jsonl", state["samples_size"])
+    interrupt = Interrupt()
+    human_median = reward.calibration.quantile("story_words", 50)
+
+    def evaluate(step: int) -> tuple[dict, Rollout]:
+        """Held-out prompts, always the same seed, scored against the human median length, so that steps compare."""
+        batch = rollout(model, pattern, held_out, 1, (args.seed, 0), args, dtype)
+        scores = reward(batch.samples, human_median)
+        samples_log.write(*sample_rows(step, "validation", batch.samples, scores, [None] * len(scores)))
+        best = max(range(len(scores)), key=lambda i: scores[i].reward)
+        if step in (0, args.steps):
+            show_sample(f"step {step}: best of {len(scores)} held-out stories, reward {scores[best].reward:.3f}",
+                        batch.samples[best].prompt, batch.samples[best].think, batch.samples[best].story)  # fmt: skip
+        return {f"eval/{name}": value for name, value in describe(batch.samples, scores).items()}, batch
+
+    if state["step"] == 0:
+        before, batch = evaluate(0)
+        checks = check_forward(model, reference, batch.rows[:8], batch.starts[:8], pattern.pad_id)
+        print("before the first update: " + ", ".join(f"{name} {value:.1e}" for name, value in checks.items()))
+        metrics.write({"step": 0, **before, **checks})
+        # The length target starts where the model is, and may rise to what the context holds beside prompt and outline.
+        tokens_per_word = sum(len(r) - s for r, s in zip(batch.rows, batch.starts)) / max(
+            1, sum(len(words(s.think)) + len(words(s.story)) for s in batch.samples)
+        )
+        beside = statistics.median(batch.starts) + tokens_per_word * before["eval/length/outline_median"]
+        longest = 0.8 * (context - beside) / tokens_per_word
+        lengths = [len(words(s.story)) for s in batch.samples if s.verdict == "ok"] or [human_median]
+        start = min(statistics.median(lengths), longest)
+        state |= {"length_target": start, "length_low": start / 2, "length_high": longest, "beta": args.beta,
+                  "quality_mean": None, "quality_std": None, "skipped_in_a_row": 0, "eval_reward": before["eval/reward"]}  # fmt: skip
+
+    with progress(args.steps, state["step"], "RL") as bar:
+        for step in range(state["step"] + 1, args.steps + 1):
+            clock = time.perf_counter()
+            batch = rollout(model, pattern, step_prompts(prompts, step, args), args.k, (args.seed, step), args, dtype)
+            sampled = time.perf_counter()
+            scores = reward(batch.samples, state["length_target"])
+            rewards = torch.tensor([s.reward for s in scores]).view(args.prompts, args.k)
+            advantage = advantages(rewards, args.advantage).flatten().tolist()
+            scored = time.perf_counter()
+
+            micro = token_budget_batches([len(row) for row in batch.rows], args.micro_tokens)
+            old, entropies = all_logps(model, batch, micro, pattern, args, dtype)
+            ref, _ = all_logps(reference, batch, micro, pattern, args, dtype)
+            drift = (torch.cat(old) - torch.cat(ref)).clamp(-20, 20)
+            kl = (torch.exp(-drift) - 1 + drift).mean().item()
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * min(1.0, step / args.warmup)
+            stats = update(model, optimizer, batch, old, ref, advantage, state["beta"], step, args, pattern, dtype)
+            updated = time.perf_counter()
+
+            tokens = sum(len(row) - start for row, start in zip(batch.rows, batch.starts))
+            described = describe(batch.samples, scores)
+            row = {
+                "step": step,
+                "objective/reward": described.pop("reward"),
+                **described,
+                "objective/reward_std": rewards.std().item(),
+                "objective/kl": kl,
+                "objective/entropy": torch.cat(entropies).mean().item(),
+                "objective/beta": state["beta"],
+                "length/target": state["length_target"],
+                **stats,
+                "policy/lr": optimizer.param_groups[0]["lr"],
+                "policy/sampler_gap": (torch.cat(old) - batch.sampler_logps).abs().mean().item(),
+                "time/sample_s": sampled - clock,
+                "time/reward_s": scored - sampled,
+                "time/update_s": updated - scored,
+                "time/step_s": updated - clock,
+                "time/tokens_per_second": tokens / (updated - clock),
+            }
+            if step % args.eval_every == 0 or step == args.steps:
+                held, _ = evaluate(step)
+                row |= held
+                state["eval_reward"] = held["eval/reward"]
+            metrics.write(row)
+            samples_log.write(*sample_rows(step, "train", batch.samples, scores, advantage))
+            if step % args.show_every == 0:
+                one = batch.samples[0]
+                show_sample(
+                    f"step {step}: reward {scores[0].reward:.3f} ({scores[0].verdict})", one.prompt, one.think, one.story
+                )
+
+            state = next_state(state, batch, scores, kl, stats, args)
+            bar.update()
+            bar.set_postfix(
+                reward=f"{row['objective/reward']:.3f}", held_out=f"{state['eval_reward']:.3f}", kl=f"{kl:.3f}",
+                ok=f"{row['samples/well_formed']:.2f}", words=f"{row['length/median']:.0f}/{row['length/target']:.0f}",
+                tok_s=f"{row['time/tokens_per_second']:.0f}",
+            )  # fmt: skip
+            broken = state["skipped_in_a_row"] >= 3
+            if step % args.save_every == 0 or step == args.steps or interrupt.stop or broken:
+                state |= {"metrics_size": metrics.size(), "samples_size": samples_log.size(), "config": config}
+                save_state(states, step, model, optimizer, state, args.keep)
+            if broken:
+                sys.exit(f"error: gradients were not finite in three steps in a row, up to step {step}: lower --lr")
+            if interrupt.stop and step < args.steps:
+                print(f"stopped at step {step}; the same command with --resume goes on from here", file=sys.stderr)
+                sys.exit(interrupt.stop)
+
+    save_model(model, tokenizer, args.out / "final")
+    report = write_report(args.out)
+    print(f"{args.out}/final: held-out reward {state['eval_reward']:.3f}; report: {report}")
+
+
+def next_state(state: dict, batch: Rollout, scores: list[Score], kl: float, stats: dict, args: Args) -> dict:
+    """The controllers after a step: beta, length target and the running mean and deviation of the samples' quality."""
+    target = state["length_target"]
+    values = [quality(s, args.reward) for s in scores]
+    mean, std = statistics.fmean(values), statistics.pstdev(values)
+    if state["quality_mean"] is not None:
+        # A sample is "not worse" within one deviation of the running mean: about half of any batch lies below its mean.
+        floor = state["quality_mean"] - state["quality_std"]
+        good = [
+            s.verdict == "ok" and len(words(one.story)) >= 0.8 * target and value >= floor
+            for s, one, value in zip(scores, batch.samples, values)
+        ]
+        target = next_length_target(target, sum(good) / len(good), state["length_low"], state["length_high"])
+        mean = 0.9 * state["quality_mean"] + 0.1 * mean
+        std = 0.9 * state["quality_std"] + 0.1 * std
+    return state | {
+        "length_target": target,
+        "beta": adapt_beta(state["beta"], kl, args.kl_target),
+        "quality_mean": mean,
+        "quality_std": std,
+        "skipped_in_a_row": state["skipped_in_a_row"] + 1 if stats["policy/skipped"] else 0,
+    }
+
+
+if __name__ == "__main__":
+    run(main, Args)

@@ -1,0 +1,81 @@
+"""What a run leaves to be looked at: metrics.jsonl, samples.jsonl, a progress bar and, now and then, a story."""
+
+import json
+import os
+import statistics
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from storygen.textstats import words
+
+
+class Log:
+    """An append-only JSON-lines file that a resumed run continues exactly where its checkpoint was taken."""
+
+    def __init__(self, path: Path, size: int = 0):
+        """Keep the first `size` bytes, as recorded in the checkpoint; rows written after it will be written again."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.truncate(path, min(size, path.stat().st_size))
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  open as long as the run
+
+    def write(self, *rows: dict) -> None:
+        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        self.file.flush()
+
+    def size(self) -> int:
+        """Bytes on disk, flushed: what a checkpoint records."""
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+
+def progress(total: int, start: int, description: str) -> tqdm:
+    """The stage's one bar; silent where stderr is no terminal."""
+    return tqdm(total=total, initial=start, desc=description, unit="step", disable=None, dynamic_ncols=True)
+
+
+def show_sample(title: str, prompt: str, think: str, story: str) -> None:
+    """Print a story apart from its outline, without disturbing a running bar."""
+    dim, plain = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
+
+    def block(text: str) -> str:
+        return "\n".join(
+            textwrap.fill(line, 100, initial_indent="    ", subsequent_indent="    ") for line in text.splitlines()
+        )
+
+    tqdm.write(f"\n{title}\n  prompt\n{block(prompt)}\n  outline\n{dim}{block(think)}{plain}\n  story\n{block(story)}\n")
+
+
+def describe(samples: Sequence, scores: Sequence) -> dict[str, float]:
+    """Mean reward, shares of well-formed and finished rows, lengths in words; parts and guards over well-formed rows.
+
+    `samples` and `scores` are what the reward takes and gives, in the same order. A malformed row has no parts: counted as
+    zeros they would draw the grammar's curve again in every chart.
+    """
+    n = len(scores)
+    row = {"reward": sum(s.reward for s in scores) / n}
+    good = [s for s in scores if s.verdict == "ok"]
+    for kind in ("parts", "guards"):
+        for name in getattr(scores[0], kind):
+            row[f"{kind}/{name}"] = sum(getattr(s, kind)[name] for s in good) / max(1, len(good))
+    row["samples/well_formed"] = len(good) / n
+    row["samples/finished"] = sum(s.finished for s in samples) / n
+    lengths = [len(words(s.story)) for s in samples]
+    row["length/median"], row["length/p90"] = (float(q) for q in np.percentile(lengths, (50, 90)))
+    row["length/outline_median"] = statistics.median(len(words(s.think)) for s in samples)
+    return row
+
+
+def sample_rows(step: int, split: str, samples: Sequence, scores: Sequence, advantages: Sequence) -> list[dict]:
+    """Rows of samples.jsonl: everything needed to look at a sample, and to score it again without sampling."""
+    return [
+        {"step": step, "split": split, "prompt": s.prompt, "think": s.think, "story": s.story, "finished": s.finished,
+         "verdict": c.verdict, "room": s.room, "reward": c.reward, "parts": c.parts, "guards": c.guards, "raw": c.raw,
+         "advantage": a}
+        for s, c, a in zip(samples, scores, advantages)
+    ]  # fmt: skip

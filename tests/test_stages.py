@@ -1,0 +1,238 @@
+"""The three scripts, run as a user runs them, on a few rows and a tiny random model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pattern_learning import epoch_rows, load_examples, loss_sum
+from storygen.checkpoint import save_model
+from storygen.pattern import Pattern
+from tests.conftest import ROOT, tiny_gpt2
+
+TIMES = {"tokens_per_second", "time/sample_s", "time/reward_s", "time/update_s", "time/step_s", "time/tokens_per_second"}
+RL = [
+    "--steps",
+    "4",
+    "--prompts",
+    "2",
+    "--k",
+    "2",
+    "--eval-every",
+    "2",
+    "--eval-prompts",
+    "3",
+    "--save-every",
+    "1",
+    "--precision",
+    "fp32",
+]
+
+
+def launch(name, *arguments):
+    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+
+
+ADJECTIVES = ["red", "old", "small", "brave", "tired", "happy", "quiet", "clever", "hungry", "golden", "broken", "lonely"]
+NOUNS = ["fox", "king", "boat", "girl", "tree", "river", "key", "tower", "horse", "lamp", "baker", "storm"]
+VERBS = [
+    "found",
+    "lost",
+    "followed",
+    "painted",
+    "saved",
+    "sold",
+    "watched",
+    "opened",
+    "carried",
+    "wanted",
+    "missed",
+    "broke",
+]
+
+
+def toy_rows(count):
+    """Rows of a small grammar: simple enough for a tiny model to learn in seconds, different enough not to be duplicates."""
+    random = np.random.default_rng(0)
+
+    def sentence():
+        a, b = random.choice(ADJECTIVES, 2)
+        n, m = random.choice(NOUNS, 2)
+        return f"The {a} {n} {random.choice(VERBS)} the {b} {m}."
+
+    for _ in range(count):
+        story = [sentence() for _ in range(10)]
+        yield {"prompt": story[0], "outline": " ".join(story[:3]), "story": " ".join(story)}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A data folder of toy rows and a tiny random model."""
+    path = tmp_path_factory.mktemp("stages")
+    (path / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in toy_rows(120)))
+    done = launch("data_prep.py", "--preset", "demo", "--source", path / "toy.jsonl", "--outlines", path / "toy.jsonl",
+                  "--out", path / "data")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = tiny_gpt2()
+    save_model(model, tokenizer, path / "base")
+    return path
+
+
+LEARN = ["--eval-prompts", "4", "--batch-tokens", "2048", "--precision", "fp32", "--warmup", "5", "--lr", "0.01"]
+
+
+def learn(home, mode, model, out, steps):
+    return launch("pattern_learning.py", "--mode", mode, "--data", home / "data", "--model", model, "--out", out,
+                  "--steps", steps, "--eval-every", steps // 2, *LEARN)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def zeroshot(home):
+    done = learn(home, "oneshot", home / "base", home / "oneshot", 6)
+    assert done.returncode == 0, done.stderr
+    done = learn(home, "zeroshot", home / "oneshot", home / "zeroshot", 120)
+    assert done.returncode == 0, done.stderr
+    return home / "zeroshot"
+
+
+def without_times(path):
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in path.read_text().splitlines()]
+
+
+def test_model_folder_loads_with_plain_transformers_and_has_learnt(zeroshot):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(zeroshot), AutoTokenizer.from_pretrained(zeroshot)
+    assert tokenizer.eos_token == "<eos>" and model.config.eos_token_id == tokenizer.eos_token_id
+    assert tokenizer.chat_template
+    metrics = without_times(zeroshot / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == list(range(1, 121))
+    first = without_times(zeroshot.parent / "oneshot" / "metrics.jsonl")[0]["loss"]
+    assert metrics[-1]["val_loss"] < first - 5 and metrics[-1]["well_formed"] >= 0.5
+    assert json.loads((zeroshot / "run.json").read_text())["mode"] == "zeroshot"
+    assert sorted(p.name for p in zeroshot.iterdir() if p.is_dir()) == []
+
+
+def test_loss_is_on_the_real_rows_response_only(home):
+    model, tokenizer = tiny_gpt2(context=512)
+    pattern = Pattern(tokenizer)
+    examples = load_examples(ROOT / "prompts" / "oneshot.jsonl", pattern)
+    row = pattern.row("A dog.", "It barks.", "Once.")
+    ((ids, start),) = epoch_rows([row], examples, np.random.default_rng(0), 512)
+    assert ids[start:] == row[0][row[1] :] and ids[: -len(row[0])] in examples
+    logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = -sum(logits[t - 1, ids[t]] for t in range(start, len(ids)))
+    loss, tokens = loss_sum(model, [(ids, start)], pattern, torch.float32)
+    assert tokens == len(ids) - start and torch.allclose(loss, expected, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def whole_run(zeroshot, home):
+    done = launch("rl_train.py", "--data", home / "data", "--model", zeroshot, "--out", home / "rl", *RL)
+    assert done.returncode == 0, done.stderr
+    return home / "rl"
+
+
+def test_rl_leaves_everything_it_promises(whole_run):
+    metrics = without_times(whole_run / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [0, 1, 2, 3, 4]
+    assert metrics[0]["check/kl"] == 0 and metrics[1]["objective/kl"] == pytest.approx(0, abs=1e-6)
+    assert {"eval/reward", "eval/parts/correlation"} <= set(metrics[0]) & set(metrics[2]) & set(metrics[4])
+    assert metrics[1]["policy/sampler_gap"] < 1e-3 and metrics[0]["eval/samples/well_formed"] > 0
+    samples = without_times(whole_run / "samples.jsonl")
+    assert sum(s["split"] == "train" for s in samples) == 4 * 2 * 2
+    assert sum(s["split"] == "validation" for s in samples) == 3 * 3
+    assert all(s["reward"] == -1 for s in samples if s["verdict"] != "ok")
+    for step in range(1, 5):
+        group = [s["advantage"] for s in samples if s["step"] == step and s["split"] == "train"]
+        assert sum(group[:2]) == pytest.approx(0, abs=1e-4)
+    AutoModelForCausalLM.from_pretrained(whole_run / "final")
+    assert "<html" in (whole_run / "report.html").read_text()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_run_resumes_to_the_same_bytes(whole_run, zeroshot, home, how):
+    out = home / f"rl_{how.name}"
+    arguments = ["--data", home / "data", "--model", zeroshot, "--out", out, "--resume", *RL]
+    command = [sys.executable, str(ROOT / "rl_train.py"), *map(str, arguments)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not (out / "checkpoints" / "step_000001").exists() and time.monotonic() < deadline:
+            os.sched_yield()
+        process.send_signal(how)
+        code = process.wait(60)
+    assert code == (-9 if how == signal.SIGKILL else 143)
+    assert not (out / "final").exists()
+    done = launch("rl_train.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert without_times(out / name) == without_times(whole_run / name)
+    assert (out / "final/model.safetensors").read_bytes() == (whole_run / "final/model.safetensors").read_bytes()
+
+
+def test_interrupted_fine_tuning_goes_on_to_the_same_bytes(home, zeroshot):
+    out = home / "zeroshot_again"
+    arguments = ["--mode", "zeroshot", "--data", home / "data", "--model", home / "oneshot", "--out", out,
+                 "--steps", 120, "--eval-every", 60, *LEARN]  # fmt: skip
+    command = [sys.executable, str(ROOT / "pattern_learning.py"), *map(str, arguments)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while (
+            not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size) and time.monotonic() < deadline
+        ):
+            os.sched_yield()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    done = launch("pattern_learning.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert without_times(out / "metrics.jsonl") == without_times(zeroshot / "metrics.jsonl")
+    assert (out / "model.safetensors").read_bytes() == (zeroshot / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--k", "1"], "--k must be at least 2"),
+        (["--data", "nowhere"], "data_prep.py"),
+        (["--model", "artifacts/nowhere"], "does not exist"),
+        (["--model", "base_model"], "pattern_learning.py"),
+        (["--out", "RUN"], "--resume"),
+        (["--out", "RUN", "--resume", "--lr", "0.5"], "other settings (lr)"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--minibatches", "3"], "--minibatches"),
+        (["--temperature", "0"], "--temperature"),
+    ],
+)
+def test_rl_refuses_bad_input_in_one_line(script, whole_run, zeroshot, home, arguments, says):
+    arguments = [str(whole_run) if a == "RUN" else a for a in arguments]
+    before = sorted(p.name for p in home.rglob("*"))
+    done = script("rl_train.py", "--data", home / "data", "--model", zeroshot, "--out", home / "bad", *RL, *arguments)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0], done.stderr
+    assert sorted(p.name for p in home.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--data", "nowhere"], "data_prep.py"),
+        (["--model", "artifacts/nowhere"], "does not exist"),
+        (["--examples", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--steps", "0"], "--steps"),
+        (["--device", "cuda"], "no GPU"),
+    ],
+)
+def test_fine_tuning_refuses_bad_input_in_one_line(script, home, arguments, says):
+    done = script(
+        "pattern_learning.py", "--mode", "oneshot", "--data", home / "data", "--model", home / "base", "--out", home / "bad",
+        *arguments,
+    )  # fmt: skip
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0], done.stderr
+    assert not (home / "bad").exists()
