@@ -53,7 +53,7 @@ class Args:
     """Context length, tokens."""
     batch: int = 4
     """Rows of `context` tokens a step. Small batches: a short run needs many steps more than smooth ones."""
-    steps: int = 9000
+    steps: int = 4700
     warmup: int = 200
     decay_share: float = 0.35
     lr_matrix: float = 4e-3
