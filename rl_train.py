@@ -117,7 +117,7 @@ class Recipe:
 
 
 RECIPES = {
-    "demo": Recipe(steps=40, prompts=8, k=8, lr=1e-4, micro_tokens=4096, eval_every=10),
+    "demo": Recipe(steps=30, prompts=6, k=8, lr=2e-4, micro_tokens=4096, eval_every=10),
     "gpt2": Recipe(steps=500, prompts=32, k=8, lr=1e-5, micro_tokens=8192, eval_every=25),
 }
 

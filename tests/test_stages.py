@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pattern_learning import epoch_rows, load_examples, loss_sum
+from pattern_learning import Row, behind_examples, drill, load_examples, loss_sum
 from storygen.checkpoint import save_model
 from storygen.pattern import Pattern
 from tests.conftest import ROOT, tiny_gpt2
@@ -123,13 +123,28 @@ def test_loss_is_on_the_real_rows_response_only(home):
     model, tokenizer = tiny_gpt2(context=512)
     pattern = Pattern(tokenizer)
     examples = load_examples(ROOT / "prompts" / "oneshot.jsonl", pattern)
-    row = pattern.row("A dog.", "It barks.", "Once.")
-    ((ids, start),) = epoch_rows([row], examples, np.random.default_rng(0), 512)
-    assert ids[start:] == row[0][row[1] :] and ids[: -len(row[0])] in examples
+    row = Row(*pattern.row("A dog.", "It barks.", "Once."))
+    (shown,) = behind_examples([row], examples, np.random.default_rng(0), 512)
+    ids, start = shown.ids, shown.start
+    assert ids[start:] == row.ids[row.start :] and ids[: -len(row.ids)] in examples
     logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     expected = -sum(logits[t - 1, ids[t]] for t in range(start, len(ids)))
-    loss, tokens = loss_sum(model, [(ids, start)], pattern, torch.float32)
+    loss, tokens = loss_sum(model, [shown], pattern, torch.float32)
     assert tokens == len(ids) - start and torch.allclose(loss, expected, atol=1e-3)
+
+
+def test_drills_teach_tags_and_nothing_else():
+    model, tokenizer = tiny_gpt2(context=512)
+    pattern = Pattern(tokenizer)
+    text = {"prompt": "A dog.", "think": "It barks.", "story": 'One ran. "Two," he said.\nThree sat! Four?'}
+    for seed in range(20):
+        row = drill(text, pattern, np.random.default_rng(seed))
+        parsed = pattern.parse(row.ids[row.start :])
+        assert parsed.verdict == "ok" and text["story"].startswith(parsed.story) and parsed.think in text["story"]
+        logps = model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
+        tags = [t for t in range(row.start, len(row.ids)) if row.ids[t] in (pattern.story_id, pattern.eos_id)]
+        loss, weight = loss_sum(model, [row], pattern, torch.float32, tag_weight=5.0)
+        assert weight == 10 and torch.allclose(loss, -5 * sum(logps[t - 1, row.ids[t]] for t in tags), atol=1e-3)
 
 
 @pytest.fixture(scope="module")
