@@ -48,7 +48,7 @@ class Correlation:
 class Length:
     """min(1, words / length target)."""
 
-    weight: float = 0.15
+    weight: float = 0.3
     """Weight of the part, 0 to 1 before scaling."""
 
     def __post_init__(self):

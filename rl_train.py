@@ -65,6 +65,8 @@ class Args:
     """AdamW's learning rate after warm-up. Default by preset."""
     warmup: int = 5
     """Steps of linear warm-up."""
+    adam_eps: float = 1e-5
+    """AdamW's epsilon, PPO's usual one. At 1e-8 the rows of rare tokens, whose gradients are tiny, drift at full speed."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""
     max_grad_norm: float = 1.0
@@ -81,7 +83,7 @@ class Args:
     """The ratio is clipped above 1 + clip_high."""
     dual_clip: float = 3.0
     """Bound on the loss where the advantage is negative, in advantages."""
-    beta: float = 0.02
+    beta: float = 0.1
     """KL coefficient of the first step; it adapts."""
     kl_target: float = 0.05
     """KL to the reference that beta steers to, nats per token."""
@@ -117,7 +119,7 @@ class Recipe:
 
 
 RECIPES = {
-    "demo": Recipe(steps=30, prompts=6, k=8, lr=2e-4, micro_tokens=4096, eval_every=10),
+    "demo": Recipe(steps=30, prompts=6, k=8, lr=1e-4, micro_tokens=4096, eval_every=10),
     "gpt2": Recipe(steps=500, prompts=32, k=8, lr=1e-5, micro_tokens=8192, eval_every=25),
 }
 
@@ -278,7 +280,7 @@ def main(args: Args) -> None:
         )
 
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=args.adam_eps, weight_decay=args.weight_decay, fused=True
     )
     # What makes a run another run. A resumed one may have more steps, or stand elsewhere.
     config = {k: v for k, v in as_json(args).items() if k not in ("steps", "resume", "out", "device", "data", "model")}

@@ -43,7 +43,8 @@ def test_formula_by_hand(reward, raw):
     product = 1.0
     for value in score.guards.values():
         product *= value
-    expected = product * (0.5 * correlation + 0.15 * length + 0.2 * repetition + 0.15 * prose) - 0.3 * (1 - 16 / 64)
+    weighted = 0.5 * correlation + 0.3 * length + 0.2 * repetition + 0.15 * prose
+    expected = product * weighted / 1.15 - 0.3 * (1 - 16 / 64)
     assert score.reward == pytest.approx(expected)
     assert set(score.parts) == {*PARTS, *parts}
     assert set(score.guards) == set(GUARDS)
@@ -143,7 +144,7 @@ def test_own_part(reward):
         score = mine([Sample("p", ROWS[0]["think"], ROWS[0]["story"] + "!!!!", True)], 200)[0]
         assert score.parts["calm"] == 0
         assert score.raw["own:calm:marks"] >= 4
-        assert mine.weights["calm"] == pytest.approx(0.5)
+        assert mine.weights["calm"] == pytest.approx(1 / 2.15)
     finally:
         rew_config.OWN_PARTS.clear()
     with pytest.raises(ValueError, match="identifier"):
