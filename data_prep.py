@@ -9,7 +9,6 @@ Rows are read, cleaned and split by the content of their prompt; rows with an ou
 folder is built aside and put in place at the end: it holds a whole data set or the one before.
 """
 
-import hashlib
 import heapq
 import json
 import shutil
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from storygen.bertscore import fingerprint, load_encoder
 from storygen.calibration import calibrate
 from storygen.cleaning import Bounds
-from storygen.cli import InputError, as_json, fill, pick_device, run, write_atomically
+from storygen.cli import InputError, as_json, file_sha256, fill, pick_device, run, write_atomically
 from storygen.corpus import Columns, read_hub, read_rows
 from storygen.duplicates import text_key
 from storygen.idf import build_idf
@@ -145,7 +144,7 @@ def main(args: Args) -> None:
                 "sha256": encoder.sha256,
                 "fingerprint": fingerprint(encoder.tokenizer),
             },
-            "hashes": {path.name: sha256(path) for path in sorted(aside.iterdir())},
+            "hashes": {path.name: file_sha256(path) for path in sorted(aside.iterdir())},
             "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in LIBRARIES},
             "config": config,
         }
@@ -257,11 +256,6 @@ def put_in_place(aside: Path, out: Path) -> None:
         out.rename(old)
     aside.rename(out)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def report(manifest: dict, out: Path) -> None:

@@ -26,7 +26,7 @@ from storygen.batching import token_budget_batches
 from storygen.checkpoint import Interrupt, load_model, load_state, save_model, save_state
 from storygen.cli import InputError, as_json, fill, pick_device, run, write_atomically
 from storygen.corpus import load_manifest, load_sft
-from storygen.logprobs import best_dtype, response_logps
+from storygen.logprobs import Precision, pick_dtype, response_logps
 from storygen.pattern import Pattern, add_pattern_tokens, context_length
 from storygen.sampler import sample
 from storygen.tracking import Log, progress, show_sample
@@ -80,7 +80,7 @@ class Args:
     """Seed of the data order, of the examples drawn and of the validation samples."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Arithmetic of the forward pass; weights stay fp32. auto: bf16 where the device multiplies it natively."""
 
 
@@ -198,9 +198,7 @@ def main(args: Args) -> None:
     if args.steps < 1 or args.batch_tokens < 1 or args.eval_every < 1:
         raise InputError("--steps, --batch-tokens and --eval-every must be at least 1")
     device = pick_device(args.device)
-    dtype = (
-        best_dtype(device) if args.precision == "auto" else {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
-    )
+    dtype = pick_dtype(args.precision, device)
     config = as_json(args)
     print(json.dumps(config))
 

@@ -16,7 +16,6 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from storygen.batching import token_budget_batches
 from storygen.checkpoint import Interrupt, checkpoints, load_model, load_state, save_model, save_state, weights_sha256
 from storygen.cli import InputError, as_json, fill, pick_device, run, write_atomically
 from storygen.corpus import load_manifest, load_prompts
-from storygen.logprobs import best_dtype, check_forward, response_logps
+from storygen.logprobs import Precision, check_forward, pick_dtype, response_logps
 from storygen.pattern import Pattern, context_length
 from storygen.ppo import Advantage, adapt_beta, advantages, next_length_target, policy_loss
 from storygen.report import write_report
@@ -102,7 +101,7 @@ class Args:
     """Steps between sample stories shown in the terminal."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Arithmetic of the forward passes; weights and log-softmax stay fp32. auto: bf16 where the device multiplies it natively."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """The reward's knobs; see rew_config.py."""
@@ -259,9 +258,7 @@ def main(args: Args) -> None:
     if checkpoints(states) and not args.resume:
         raise InputError(f"{args.out} holds a run: continue it with --resume, or give another --out")
     device = pick_device(args.device)
-    dtype = (
-        best_dtype(device) if args.precision == "auto" else {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
-    )
+    dtype = pick_dtype(args.precision, device)
 
     model, tokenizer = load_model(args.model, device)
     reference, _ = load_model(args.model, device)

@@ -90,7 +90,7 @@ def corpus_documents(folder: Path, split: str) -> list[str]:
     return texts + ["\n".join(prompts[i : i + 10]) for i in range(0, len(prompts), 10)]
 
 
-def train_tokenizer(texts: list[str], vocab: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], vocab: int, context: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -98,7 +98,7 @@ def train_tokenizer(texts: list[str], vocab: int) -> PreTrainedTokenizerFast:
         vocab_size=vocab, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=768)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=context)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
@@ -151,7 +151,7 @@ def main(args: Args) -> None:
     else:
         # The pattern indents every line by two spaces: indented copies teach the tokenizer that piece.
         indented = ["\n  " + t.replace("\n", "\n  ") + "\n" for t in stories]
-        tokenizer = train_tokenizer(prose + stories + indented, args.vocab)
+        tokenizer = train_tokenizer(prose + stories + indented, args.vocab, args.context)
         tokenizer.save_pretrained(args.out)
         log_file.unlink(missing_ok=True)
     streams = {"prose": encode(tokenizer, prose), "corpus": encode(tokenizer, stories)}

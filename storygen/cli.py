@@ -1,5 +1,6 @@
 """The command line of every script: a dataclass read by tyro, bad input as one line and exit code 2."""
 
+import hashlib
 import json
 import os
 import sys
@@ -39,6 +40,12 @@ def run(main: Callable[[Any], None], args_type: Any) -> None:
 def as_json(value: Any) -> Any:
     """Dataclasses, paths and tuples as what `json.dumps` takes."""
     return json.loads(json.dumps(asdict(value) if is_dataclass(value) else value, default=str))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """Log-probabilities of responses under a causal model: the one forward pass that fine-tuning and RL share."""
 
 from contextlib import AbstractContextManager
+from typing import Literal
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -8,6 +9,12 @@ from transformers import PreTrainedModel
 
 from storygen.batching import pad_right
 from storygen.cli import InputError
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def pick_dtype(precision: Precision, device: str | torch.device) -> torch.dtype:
+    return best_dtype(device) if precision == "auto" else {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
 def best_dtype(device: str | torch.device) -> torch.dtype:
