@@ -40,6 +40,8 @@ class Args:
     """Model folder; the training state stands beside it as `<out>/state.pt` until the last step."""
     corpus: Path = ROOT / "corpus"
     """Folder of `stories.jsonl` and `prompts.txt`; only rows of the training split are read."""
+    start: Path | None = None
+    """Model folder to train on, tokenizer included. Default: random weights and a new tokenizer."""
     leave_out: tuple[str, ...] = ()
     """Authors to skip, where rows name one."""
     corpus_share: float = 0.06
@@ -148,6 +150,9 @@ def main(args: Args) -> None:
 
     if state_file.exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
+    elif args.start:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.start)
+        tokenizer.save_pretrained(args.out)
     else:
         # The pattern indents every line by two spaces: indented copies teach the tokenizer that piece.
         indented = ["\n  " + t.replace("\n", "\n  ") + "\n" for t in stories]
@@ -163,7 +168,7 @@ def main(args: Args) -> None:
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    model = GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel.from_pretrained(args.start, dtype=torch.float32) if args.start else GPT2LMHeadModel(config)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".h." in n]
     rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".h." in n)]
     optimizers = [
