@@ -30,7 +30,7 @@ from storygen.corpus import load_prompts
 from storygen.diversity import distinct, self_bleu
 from storygen.logprobs import best_dtype, response_logps
 from storygen.pattern import Pattern, context_length
-from storygen.sampler import sample
+from storygen.rollout import rollout
 from storygen.textstats import repeated_share, words
 
 RESAMPLES = 10_000
@@ -79,22 +79,6 @@ def check(args: Args) -> None:
         raise InputError(f"--length-target must be above 0, not {args.length_target:g}")
 
 
-def write_samples(model, pattern: Pattern, prompts: list[str], args: Args) -> list[Sample]:
-    """`num` samples of each prompt, prompt by prompt."""
-    prefixes = [pattern.prefix(prompt) for prompt in prompts]
-    drawn = sample(
-        model, prefixes, args.num, eos_id=pattern.eos_id, seed=args.seed, temperature=args.temperature,
-        dtype=best_dtype(model.device), progress=True,
-    )  # fmt: skip
-    samples = []
-    for prompt, prefix, completions in zip(prompts, prefixes, drawn, strict=True):
-        for completion in completions:
-            parsed = pattern.parse(completion.ids)
-            room = context_length(model) - len(prefix) - len(completion.ids)
-            samples.append(Sample(prompt, parsed.think, parsed.story, parsed.finished, parsed.verdict, room))
-    return samples
-
-
 @torch.no_grad()
 def mean_logps(model, rows: list[list[int]], starts: list[int]) -> np.ndarray:
     """Mean log-probability per token, in nats, of each row's tokens from its start on."""
@@ -102,7 +86,7 @@ def mean_logps(model, rows: list[list[int]], starts: list[int]) -> np.ndarray:
     for batch in token_budget_batches([len(row) for row in rows], TOKENS):
         part, part_starts = [rows[i] for i in batch], [starts[i] for i in batch]
         # Padding may be any id: it stands on the right, behind every token that is scored.
-        logps, _ = response_logps(model, part, part_starts, 0, dtype=best_dtype(model.device))
+        logps = response_logps(model, part, part_starts, 0, dtype=best_dtype(model.device))
         sizes = [len(row) - start for row, start in zip(part, part_starts, strict=True)]
         means[batch] = [piece.double().mean().item() for piece in logps.split(sizes)]
     return means
@@ -261,7 +245,12 @@ def main(args: Args) -> None:
     for folder in args.models:
         model, tokenizer = load_model(folder, device)
         pattern = Pattern(tokenizer)
-        samples = write_samples(model, pattern, prompts, args)
+        batch = rollout(
+            model, pattern, prompts, args.num, seed=args.seed, temperature=args.temperature, dtype=best_dtype(device),
+            progress=True,
+        )  # fmt: skip
+        facts = zip(batch.prompts, batch.parsed, batch.room, strict=True)
+        samples = [Sample(prompt, **vars(parsed), room=room) for prompt, parsed, room in facts]
         scores = reward(samples, length_target)
         result = {"model": folder, **describe(samples, scores, args.seed)}
         per_prompt = by_prompt([score.reward for score in scores], [s.prompt for s in samples])

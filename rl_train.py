@@ -31,7 +31,7 @@ from storygen.logprobs import Precision, check_forward, pick_dtype, response_log
 from storygen.pattern import Pattern, context_length
 from storygen.ppo import Advantage, adapt_beta, advantages, next_length_target, policy_loss
 from storygen.report import write_report
-from storygen.sampler import sample
+from storygen.rollout import Rollout, rollout, rollout_logps
 from storygen.textstats import words
 from storygen.tracking import Log, describe, progress, sample_rows, show_sample
 
@@ -118,54 +118,9 @@ class Recipe:
 
 
 RECIPES = {
-    "demo": Recipe(steps=30, prompts=6, k=8, lr=1e-4, micro_tokens=4096, eval_every=10),
+    "demo": Recipe(steps=30, prompts=12, k=8, lr=1.5e-4, micro_tokens=4096, eval_every=10),
     "gpt2": Recipe(steps=500, prompts=32, k=8, lr=1e-5, micro_tokens=8192, eval_every=25),
 }
-
-
-@dataclass
-class Rollout:
-    """The samples of one step, prompt by prompt, K of each."""
-
-    prompts: list[str]
-    rows: list[list[int]]
-    starts: list[int]
-    sampler_logps: torch.Tensor
-    samples: list[Sample]
-
-
-def rollout(
-    model, pattern: Pattern, prompts: list[str], k: int, seed: tuple[int, int], args: Args, dtype: torch.dtype
-) -> Rollout:
-    prefixes = [pattern.prefix(prompt) for prompt in prompts]
-    context = context_length(model)
-    out = Rollout([], [], [], torch.empty(0), [])
-    drawn = sample(model, prefixes, k, eos_id=pattern.eos_id, seed=seed, temperature=args.temperature, dtype=dtype)
-    for prompt, prefix, completions in zip(prompts, prefixes, drawn):
-        for completion in completions:
-            parsed = pattern.parse(completion.ids)
-            room = context - len(prefix) - len(completion.ids)
-            out.prompts.append(prompt)
-            out.rows.append(prefix + completion.ids)
-            out.starts.append(len(prefix))
-            out.samples.append(Sample(prompt, parsed.think, parsed.story, parsed.finished, parsed.verdict, room))
-    logps = [logp for completions in drawn for completion in completions for logp in completion.logps]
-    out.sampler_logps = torch.tensor(logps, device=model.device)
-    return out
-
-
-@torch.no_grad()
-def all_logps(model, batch: Rollout, micro: list[list[int]], pattern: Pattern, args: Args, dtype: torch.dtype):
-    """Log-probabilities and entropies of every response, one tensor a row."""
-    logps: list[torch.Tensor] = [torch.empty(0)] * len(batch.rows)
-    entropies = list(logps)
-    for part in micro:
-        rows, starts = [batch.rows[i] for i in part], [batch.starts[i] for i in part]
-        flat = response_logps(model, rows, starts, pattern.pad_id, dtype=dtype, temperature=args.temperature)
-        sizes = [len(row) - start for row, start in zip(rows, starts)]
-        for i, logp, entropy in zip(part, flat[0].split(sizes), flat[1].split(sizes)):
-            logps[i], entropies[i] = logp, entropy
-    return logps, entropies
 
 
 def update(
@@ -185,7 +140,7 @@ def update(
             for micro in token_budget_batches(lengths, args.micro_tokens):
                 chosen = [members[m] for m in micro]
                 rows, starts = [batch.rows[i] for i in chosen], [batch.starts[i] for i in chosen]
-                logps, _ = response_logps(model, rows, starts, pattern.pad_id, dtype=dtype, temperature=args.temperature)
+                logps = response_logps(model, rows, starts, pattern.pad_id, dtype=dtype, temperature=args.temperature)
                 old_logps, ref_logps = torch.cat([old[i] for i in chosen]), torch.cat([ref[i] for i in chosen])
                 per_token = torch.cat([torch.full_like(old[i], advantage[i]) for i in chosen])
                 loss, stats = policy_loss(
@@ -220,6 +175,12 @@ def update(
         "policy/updates": totals["updates"],
         "policy/skipped": totals["skipped"],
     }
+
+
+def samples_of(batch: Rollout) -> list[Sample]:
+    """The responses as the reward takes them."""
+    facts = zip(batch.prompts, batch.parsed, batch.room, strict=True)
+    return [Sample(prompt, **vars(parsed), room=room) for prompt, parsed, room in facts]
 
 
 def step_prompts(prompts: list[str], step: int, args: Args) -> list[str]:
@@ -297,29 +258,31 @@ def main(args: Args) -> None:
     interrupt = Interrupt()
     human_median = reward.calibration.quantile("story_words", 50)
 
-    def evaluate(step: int) -> tuple[dict, Rollout]:
+    law = {"temperature": args.temperature, "dtype": dtype}  # what sampling and all log-probabilities share
+
+    def evaluate(step: int) -> tuple[dict, Rollout, list[Sample]]:
         """Held-out prompts, always the same seed, scored against the human median length, so that steps compare."""
-        batch = rollout(model, pattern, held_out, 1, (args.seed, 0), args, dtype)
-        scores = reward(batch.samples, human_median)
-        samples_log.write(*sample_rows(step, "validation", batch.samples, scores, [None] * len(scores)))
+        batch = rollout(model, pattern, held_out, 1, seed=(args.seed, 0), **law)
+        samples = samples_of(batch)
+        scores = reward(samples, human_median)
+        samples_log.write(*sample_rows(step, "validation", samples, scores, [None] * len(scores)))
         best = max(range(len(scores)), key=lambda i: scores[i].reward)
         if step in (0, args.steps):
             show_sample(f"step {step}: best of {len(scores)} held-out stories, reward {scores[best].reward:.3f}",
-                        batch.samples[best].prompt, batch.samples[best].think, batch.samples[best].story)  # fmt: skip
-        return {f"eval/{name}": value for name, value in describe(batch.samples, scores).items()}, batch
+                        samples[best].prompt, samples[best].think, samples[best].story)  # fmt: skip
+        return {f"eval/{name}": value for name, value in describe(samples, scores).items()}, batch, samples
 
     if state["step"] == 0:
-        before, batch = evaluate(0)
+        before, batch, samples = evaluate(0)
         checks = check_forward(model, reference, batch.rows[:8], batch.starts[:8], pattern.pad_id)
         print("before the first update: " + ", ".join(f"{name} {value:.1e}" for name, value in checks.items()))
         metrics.write({"step": 0, **before, **checks})
         # The length target starts where the model is, and may rise to what the context holds beside prompt and outline.
-        tokens_per_word = sum(len(r) - s for r, s in zip(batch.rows, batch.starts)) / max(
-            1, sum(len(words(s.think)) + len(words(s.story)) for s in batch.samples)
-        )
+        told = sum(len(words(s.think)) + len(words(s.story)) for s in samples)
+        tokens_per_word = batch.response_tokens() / max(1, told)
         beside = statistics.median(batch.starts) + tokens_per_word * before["eval/length/outline_median"]
         longest = 0.8 * (context - beside) / tokens_per_word
-        lengths = [len(words(s.story)) for s in batch.samples if s.verdict == "ok"] or [human_median]
+        lengths = [len(words(s.story)) for s in samples if s.verdict == "ok"] or [human_median]
         start = min(statistics.median(lengths), longest)
         state |= {"length_target": start, "length_low": start / 2, "length_high": longest, "beta": args.beta,
                   "quality_mean": None, "quality_std": None, "skipped_in_a_row": 0, "eval_reward": before["eval/reward"]}  # fmt: skip
@@ -327,16 +290,17 @@ def main(args: Args) -> None:
     with progress(args.steps, state["step"], "RL") as bar:
         for step in range(state["step"] + 1, args.steps + 1):
             clock = time.perf_counter()
-            batch = rollout(model, pattern, step_prompts(prompts, step, args), args.k, (args.seed, step), args, dtype)
+            batch = rollout(model, pattern, step_prompts(prompts, step, args), args.k, seed=(args.seed, step), **law)
+            samples = samples_of(batch)
             sampled = time.perf_counter()
-            scores = reward(batch.samples, state["length_target"])
+            scores = reward(samples, state["length_target"])
             rewards = torch.tensor([s.reward for s in scores]).view(args.prompts, args.k)
             advantage = advantages(rewards, args.advantage).flatten().tolist()
             scored = time.perf_counter()
 
             micro = token_budget_batches([len(row) for row in batch.rows], args.micro_tokens)
-            old, entropies = all_logps(model, batch, micro, pattern, args, dtype)
-            ref, _ = all_logps(reference, batch, micro, pattern, args, dtype)
+            old = rollout_logps(model, batch, micro, pattern.pad_id, **law)
+            ref = rollout_logps(reference, batch, micro, pattern.pad_id, **law)
             drift = (torch.cat(old) - torch.cat(ref)).clamp(-20, 20)
             kl = (torch.exp(-drift) - 1 + drift).mean().item()
             for group in optimizer.param_groups:
@@ -344,15 +308,14 @@ def main(args: Args) -> None:
             stats = update(model, optimizer, batch, old, ref, advantage, state["beta"], step, args, pattern, dtype)
             updated = time.perf_counter()
 
-            tokens = sum(len(row) - start for row, start in zip(batch.rows, batch.starts))
-            described = describe(batch.samples, scores)
+            described = describe(samples, scores)
             row = {
                 "step": step,
                 "objective/reward": described.pop("reward"),
                 **described,
                 "objective/reward_std": rewards.std().item(),
                 "objective/kl": kl,
-                "objective/entropy": torch.cat(entropies).mean().item(),
+                "objective/entropy": -torch.cat(old).mean().item(),
                 "objective/beta": state["beta"],
                 "length/target": state["length_target"],
                 **stats,
@@ -362,21 +325,21 @@ def main(args: Args) -> None:
                 "time/reward_s": scored - sampled,
                 "time/update_s": updated - scored,
                 "time/step_s": updated - clock,
-                "time/tokens_per_second": tokens / (updated - clock),
+                "time/tokens_per_second": batch.response_tokens() / (updated - clock),
             }
             if step % args.eval_every == 0 or step == args.steps:
-                held, _ = evaluate(step)
+                held, *_ = evaluate(step)
                 row |= held
                 state["eval_reward"] = held["eval/reward"]
             metrics.write(row)
-            samples_log.write(*sample_rows(step, "train", batch.samples, scores, advantage))
+            samples_log.write(*sample_rows(step, "train", samples, scores, advantage))
             if step % args.show_every == 0:
-                one = batch.samples[0]
+                one = samples[0]
                 show_sample(
                     f"step {step}: reward {scores[0].reward:.3f} ({scores[0].verdict})", one.prompt, one.think, one.story
                 )
 
-            state = next_state(state, batch, scores, kl, stats, args)
+            state = next_state(state, samples, scores, kl, stats, args)
             bar.update()
             bar.set_postfix(
                 reward=f"{row['objective/reward']:.3f}", held_out=f"{state['eval_reward']:.3f}", kl=f"{kl:.3f}",
@@ -398,7 +361,7 @@ def main(args: Args) -> None:
     print(f"{args.out}/final: held-out reward {state['eval_reward']:.3f}; report: {report}")
 
 
-def next_state(state: dict, batch: Rollout, scores: list[Score], kl: float, stats: dict, args: Args) -> dict:
+def next_state(state: dict, samples: list[Sample], scores: list[Score], kl: float, stats: dict, args: Args) -> dict:
     """The controllers after a step: beta, length target and the running mean and deviation of the samples' quality."""
     target = state["length_target"]
     values = [quality(s, args.reward) for s in scores]
@@ -408,7 +371,7 @@ def next_state(state: dict, batch: Rollout, scores: list[Score], kl: float, stat
         floor = state["quality_mean"] - state["quality_std"]
         good = [
             s.verdict == "ok" and len(words(one.story)) >= 0.8 * target and value >= floor
-            for s, one, value in zip(scores, batch.samples, values)
+            for s, one, value in zip(scores, samples, values)
         ]
         target = next_length_target(target, sum(good) / len(good), state["length_low"], state["length_high"])
         mean = 0.9 * state["quality_mean"] + 0.1 * mean

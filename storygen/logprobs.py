@@ -4,7 +4,6 @@ from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from storygen.batching import pad_right
@@ -28,10 +27,34 @@ def autocast(device: str | torch.device, dtype: torch.dtype) -> AbstractContextM
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def _chunk(hidden: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, temperature: float):
-    logits = (hidden @ table.t()).float() / temperature
-    logps = logits.log_softmax(-1)
-    return logps.gather(-1, targets[:, None])[:, 0], -(logps.detach().exp() * logps.detach()).sum(-1)
+class _TokenLogps(torch.autograd.Function):
+    """Log-probabilities (tokens,) of `targets` under softmax(hidden @ table.T / temperature), products in `dtype`.
+
+    The backward pass makes the logits again and turns them into their gradient in place, so that of the (tokens, vocabulary)
+    matrices, far larger than anything else here, one exists at a time, and it is passed over as seldom as can be.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, table, targets, temperature, dtype):
+        ctx.save_for_backward(hidden, table, targets)
+        ctx.temperature, ctx.dtype = temperature, dtype
+        logps = _logits(hidden, table, temperature, dtype).log_softmax(-1)
+        return logps.gather(-1, targets[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, table, targets = ctx.saved_tensors
+        # d logp_target / d logits = onehot(target) - softmax(logits)
+        slope = _logits(hidden, table, ctx.temperature, ctx.dtype).softmax(-1).mul_(-grad[:, None])
+        slope.scatter_add_(-1, targets[:, None], grad[:, None])
+        slope = slope.div_(ctx.temperature).to(ctx.dtype)
+        to_hidden, to_table = slope @ table.to(ctx.dtype), slope.t() @ hidden.to(ctx.dtype)
+        return to_hidden.to(hidden.dtype), to_table.to(table.dtype), None, None, None
+
+
+def _logits(hidden: torch.Tensor, table: torch.Tensor, temperature: float, dtype: torch.dtype) -> torch.Tensor:
+    logits = (hidden.to(dtype) @ table.to(dtype).t()).float()
+    return logits if temperature == 1 else logits.div_(temperature)
 
 
 def response_logps(
@@ -43,33 +66,24 @@ def response_logps(
     dtype: torch.dtype = torch.float32,
     temperature: float = 1.0,
     chunk: int = 1024,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of every response token, and the entropy of the law it was drawn from; both (tokens,), in nats.
+) -> torch.Tensor:
+    """Log-probability of every response token, (tokens,), in nats.
 
     Row i's response is `rows[i][starts[i]:]`; responses stand one after the other, without padding. The projection to the
-    vocabulary runs over response positions only, `chunk` of them at a time, and is recomputed in the backward pass: no
-    (tokens, vocabulary) matrix of logits ever exists in fp32 as a whole. Gradients flow where they are enabled; the
-    entropy carries none.
+    vocabulary runs over response positions only, `chunk` of them at a time, and again in the backward pass: no
+    (tokens, vocabulary) matrix of all logits ever exists.
     """
     device = model.device
     ids = pad_right(rows, pad_id, device)
     row_of = torch.tensor([r for r, row in enumerate(rows) for _ in range(starts[r], len(row))], device=device)
     place = torch.tensor([t for r, row in enumerate(rows) for t in range(starts[r], len(row))], device=device)
     table = model.get_output_embeddings().weight
-    logps, entropies = [], []
     with autocast(device, dtype):
         # A mask of ones: padding stands on the right, where causal attention never looks from a real token, and a plain
         # causal mask keeps the fast attention kernel.
         outputs = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        states = outputs.last_hidden_state[row_of, place - 1]
-        for hidden, targets in zip(states.split(chunk), ids[row_of, place].split(chunk)):
-            if torch.is_grad_enabled():
-                logp, entropy = checkpoint(_chunk, hidden, table, targets, temperature, use_reentrant=False)
-            else:
-                logp, entropy = _chunk(hidden, table, targets, temperature)
-            logps.append(logp)
-            entropies.append(entropy)
-    return torch.cat(logps), torch.cat(entropies)
+    chunks = zip(outputs.last_hidden_state[row_of, place - 1].split(chunk), ids[row_of, place].split(chunk), strict=True)
+    return torch.cat([_TokenLogps.apply(hidden, table, targets, temperature, dtype) for hidden, targets in chunks])
 
 
 def check_forward(
@@ -85,7 +99,7 @@ def check_forward(
     """
 
     def logps_of(policy: PreTrainedModel, picked: slice) -> torch.Tensor:
-        return response_logps(policy, rows[picked], starts[picked], pad_id)[0]
+        return response_logps(policy, rows[picked], starts[picked], pad_id)
 
     def gradient(size: int) -> torch.Tensor:
         for i in range(0, len(rows), size):

@@ -26,7 +26,7 @@ def test_logps_equal_a_full_unpadded_forward(tiny):
             expected = logps[len(prefix) - 1 : -1].gather(-1, ids[0, len(prefix) :, None])[:, 0]
             assert torch.allclose(torch.tensor(completion.logps), expected, atol=1e-4)
             with torch.no_grad():
-                ours, _ = response_logps(model, [prefix + completion.ids], [len(prefix)], pattern.pad_id)
+                ours = response_logps(model, [prefix + completion.ids], [len(prefix)], pattern.pad_id)
             assert torch.allclose(ours, expected, atol=1e-4)
 
 

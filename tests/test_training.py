@@ -38,7 +38,7 @@ def reference_logps(model, row, start, temperature=1.0):
 @pytest.mark.parametrize("chunk", [1, 7, 4096])
 def test_padded_chunked_logps_equal_plain_forwards_and_so_do_their_gradients(tiny, chunk):
     model, _, pattern = tiny
-    logps, entropy = response_logps(model, ROWS, STARTS, pattern.pad_id, chunk=chunk, temperature=0.8)
+    logps = response_logps(model, ROWS, STARTS, pattern.pad_id, chunk=chunk, temperature=0.8)
     plain = torch.cat([reference_logps(model, r, s, 0.8) for r, s in zip(ROWS, STARTS)])
     assert torch.allclose(logps, plain, atol=1e-4)
     weights = torch.linspace(-1, 1, len(plain))
@@ -46,8 +46,6 @@ def test_padded_chunked_logps_equal_plain_forwards_and_so_do_their_gradients(tin
     theirs = torch.autograd.grad((plain * weights).sum(), list(model.parameters()))
     for a, b in zip(ours, theirs):
         assert torch.allclose(a, b, atol=1e-3, rtol=1e-3)
-    law = model(torch.tensor([ROWS[0]])).logits[0, STARTS[0] - 1].div(0.8).softmax(-1)
-    assert entropy[0].item() == pytest.approx(-(law * law.log()).sum().item(), abs=1e-4)
 
 
 def test_forward_check_sees_dropout(tiny):
@@ -63,7 +61,7 @@ def test_forward_check_sees_dropout(tiny):
 
 
 def training_step(model, optimizer, pad_id, step):
-    logps, _ = response_logps(model, ROWS, STARTS, pad_id)
+    logps = response_logps(model, ROWS, STARTS, pad_id)
     (-logps.mean() * step).backward()
     optimizer.step()
     optimizer.zero_grad()

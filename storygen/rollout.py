@@ -1,0 +1,79 @@
+"""Responses of a model to prompts, and their log-probabilities under any model: what RL and evaluation both start from."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from storygen.logprobs import response_logps
+from storygen.pattern import Parsed, Pattern, context_length
+from storygen.sampler import sample
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The responses of one call, prompt by prompt, K of each.
+
+    rows: token ids, prompt and response; starts: index of the first response token; room: tokens left between the response's
+    end and the context limit; sampler_logps: (response tokens,), nats, of the law that was sampled.
+    """
+
+    prompts: list[str]
+    rows: list[list[int]]
+    starts: list[int]
+    parsed: list[Parsed]
+    room: list[int]
+    sampler_logps: torch.Tensor
+
+    def response_tokens(self) -> int:
+        return sum(len(row) - start for row, start in zip(self.rows, self.starts, strict=True))
+
+
+def rollout(
+    model: PreTrainedModel,
+    pattern: Pattern,
+    prompts: list[str],
+    k: int,
+    *,
+    seed: int | tuple[int, ...],
+    temperature: float,
+    dtype: torch.dtype,
+    progress: bool = False,
+) -> Rollout:
+    """`k` responses to each prompt. Same seed, device and dtype: same tokens."""
+    prefixes = [pattern.prefix(prompt) for prompt in prompts]
+    context = context_length(model)
+    drawn = sample(
+        model, prefixes, k, eos_id=pattern.eos_id, seed=seed, temperature=temperature, dtype=dtype, progress=progress
+    )
+    flat = [
+        (prompt, prefix, completion)
+        for prompt, prefix, completions in zip(prompts, prefixes, drawn, strict=True)
+        for completion in completions
+    ]
+    return Rollout(
+        prompts=[prompt for prompt, _, _ in flat],
+        rows=[prefix + completion.ids for _, prefix, completion in flat],
+        starts=[len(prefix) for _, prefix, _ in flat],
+        parsed=[pattern.parse(completion.ids) for _, _, completion in flat],
+        room=[context - len(prefix) - len(completion.ids) for _, prefix, completion in flat],
+        sampler_logps=torch.tensor([logp for _, _, completion in flat for logp in completion.logps], device=model.device),
+    )
+
+
+@torch.no_grad()
+def rollout_logps(
+    model: PreTrainedModel, batch: Rollout, micro: list[list[int]], pad_id: int, *, temperature: float, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Log-probabilities of every response's tokens under any model, one tensor a row, nats.
+
+    micro: which rows go through the model together (`token_budget_batches`).
+    """
+    logps: list[torch.Tensor] = [torch.empty(0)] * len(batch.rows)
+    for part in micro:
+        rows, starts = [batch.rows[i] for i in part], [batch.starts[i] for i in part]
+        sizes = [len(row) - start for row, start in zip(rows, starts, strict=True)]
+        flat = response_logps(model, rows, starts, pad_id, dtype=dtype, temperature=temperature)
+        for i, logp in zip(part, flat.split(sizes), strict=True):
+            logps[i] = logp
+    return logps
