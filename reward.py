@@ -20,8 +20,8 @@ import tyro
 
 from rew_config import GUARDS, OWN_PARTS, PARTS, Floor, Guard, RewardConfig
 from storygen import textstats as ts
-from storygen.bertscore import Encoder, cut_up, load_encoder, recall
-from storygen.calibration import CAP, PAIRS, Calibration, recall_key, text_measures
+from storygen.bertscore import Embedded, Encoder, Panel, cut_up, load_encoder, recall
+from storygen.calibration import CAP, PAIRS, Calibration, chance_key, recall_key, text_measures
 from storygen.cli import InputError, run, write_atomically
 from storygen.hacks import FAMILIES, hack
 from storygen.idf import Idf
@@ -70,6 +70,11 @@ class Reward:
     def __post_init__(self):
         self.order = ts.WordOrder(self.calibration.pairs)
         self.weights = self.config.weights()
+        if self.encoder is not None:
+            self.panels = {
+                field: Panel.of(self.encoder.embed(texts), self.token_table(), self.config.correlation.tf)
+                for field, texts in self.calibration.panel.items()
+            }
 
     @staticmethod
     def load(
@@ -104,17 +109,24 @@ class Reward:
         return [raw for i in range(0, len(samples), CHUNK) for raw in self._measure(samples[i : i + CHUNK])]
 
     def _measure(self, samples: Sequence[Sample]) -> list[dict[str, float]]:
-        tf, table = self.config.correlation.tf, self.token_table()
         coded = self.encoder.embed([text for sample in samples for text in (sample.prompt, sample.think, sample.story)])
         raws = []
         for i, sample in enumerate(samples):
             text = dict(zip(("prompt", "think", "story"), coded[3 * i : 3 * i + 3], strict=True))
             raw = self.measure_text(sample)
-            for key, pair in zip(self.recall_keys(), PAIRS, strict=False):
-                raw[key] = recall(*(text[name] for name in pair.split("_")), table, tf)
-            thirds = [recall(text["think"], third, table, tf) for third in cut_up(text["story"], 3)]
-            raws.append(raw | {self.recall_keys()[-1]: min(thirds)})
+            *keys, third_key = self.recall_keys()
+            for key, pair in zip(keys, PAIRS, strict=True):
+                reference, candidate = pair.split("_")
+                raw[key], raw[chance_key(key)] = self.recall_and_chance(text, reference, text[candidate])
+            thirds = [self.recall_and_chance(text, "think", third) for third in cut_up(text["story"], 3)]
+            raw[third_key], raw[chance_key(third_key)] = min(thirds, key=lambda both: both[0] - both[1])
+            raws.append(raw)
         return raws
+
+    def recall_and_chance(self, text: dict[str, Embedded], reference: str, candidate: Embedded) -> tuple[float, float]:
+        """Recall of one of a sample's texts by a candidate, and of other rows' texts of that kind."""
+        own = recall(text[reference], candidate, self.token_table(), self.config.correlation.tf)
+        return own, self.panels[reference].chance(candidate)
 
     def token_table(self) -> np.ndarray:
         return self.idf.capped(CAP) if self.config.correlation.idf_cap else self.idf.weights
@@ -152,10 +164,10 @@ class Reward:
         reward = kept * sum(weight * parts[name] for name, weight in self.weights.items()) - overlong
         return Score(float(reward), verdict, parts, guards, raw)
 
-    def gain(self, key: str, value: float, n: float) -> float:
-        """A recall by n words as a share of the way from chance level to the human level at that length, in [0, 1]."""
-        low, high = self.calibration.chance[key](n), self.calibration.human[key](n)
-        return clip((value - low) / (high - low))
+    def gain(self, raw: dict[str, float], key: str, scale: str, n: float) -> float:
+        """How far a recall is above what the same text answers by chance, in human gains (of `scale`, at n words); [0, 1]."""
+        human = self.calibration.human[scale](n) - self.calibration.chance[scale](n)
+        return clip((raw[key] - raw[chance_key(key)]) / human)
 
     def parts(self, raw: dict[str, float], length_target: float) -> dict[str, float]:
         """Every part in [0, 1]: those with a weight, and the three pairs that make up the correlation."""
@@ -163,7 +175,7 @@ class Reward:
         parts = {}
         for key, pair in zip(self.recall_keys(), PAIRS, strict=False):
             n = raw[f"{pair.split('_')[1]}_words"]
-            parts[pair] = self.gain(key, raw[key], n)
+            parts[pair] = self.gain(raw, key, key, n)
         shares = {pair: getattr(config.correlation, pair) for pair in PAIRS}
         parts["correlation"] = sum(shares[pair] * parts[pair] for pair in PAIRS) / sum(shares.values())
         parts["length"] = min(1.0, raw["story_words"] / length_target)
@@ -209,7 +221,7 @@ class Reward:
             "think_length": ratio("think_words", guards.think_length),
             "ending": floor(raw["ended"], guards.ending),
             "on_plan": floor(parts["think_story"], guards.on_plan),
-            "throughout": floor(self.gain(plan, raw[third], raw["story_words"] / 3), guards.throughout),
+            "throughout": floor(self.gain(raw, third, plan, raw["story_words"] / 3), guards.throughout),
             "on_prompt": floor((parts["prompt_think"] + parts["prompt_story"]) / 2, guards.on_prompt),
         }
 
@@ -322,9 +334,8 @@ def explain(args: Explain) -> None:
 def rescore(args: Rescore) -> None:
     rows = read_rows(args.samples, {"reward": float, "raw": dict})
     reward = Reward(args.reward, Calibration.load(args.data / "calibration.json"))
-    missing = next(
-        (n for n, row in enumerate(rows, 1) if row["raw"] and not row["raw"].keys() >= {*reward.recall_keys()}), None
-    )
+    needed = {name for key in reward.recall_keys() for name in (key, chance_key(key))}
+    missing = next((n for n, row in enumerate(rows, 1) if row["raw"] and not row["raw"].keys() >= needed), None)
     if missing:
         raise InputError(
             f"{args.samples}: row {missing} was logged under another tf or idf_cap: `reward.py score` the file first"
@@ -376,7 +387,7 @@ def ceilings(reward: Reward, samples: list[Sample], rivals: np.ndarray, target: 
 
     Most hacks lose by what counting words shows, and encoding is nearly all of the cost.
     """
-    perfect = dict.fromkeys(reward.recall_keys(), 1.0)
+    perfect = {name: bound for key in reward.recall_keys() for name, bound in ((key, 1.0), (chance_key(key), 0.0))}
     verdicts = [verdict_of(sample) for sample in samples]
     best = [
         reward.combine(reward.measure_text(sample) | perfect if verdict == "ok" else {}, verdict, target).reward

@@ -310,6 +310,29 @@ def recall(x: Embedded, y: Embedded, idf: np.ndarray, tf: Tf = "sublinear") -> f
     return weighted(best_match(x, y), token_weights(x.ids, idf, tf))
 
 
+@dataclass(frozen=True)
+class Panel:
+    """References of other rows, as one text whose token weights make its recall the mean of theirs.
+
+    What a candidate answers of them it answers by chance: by being long, or by being made of words that are near to all.
+    """
+
+    tokens: Embedded
+    weights: np.ndarray
+
+    @staticmethod
+    def of(references: list[Embedded], table: np.ndarray, tf: str) -> "Panel":
+        """table: token weights (vocab,) before `tf`."""
+        tokens = Embedded(np.concatenate([x.ids for x in references]), torch.cat([x.vectors for x in references]))
+        weights = [token_weights(x.ids, table, tf) for x in references]
+        weights = [w / w.sum() if w.sum() > 0 else w for w in weights]
+        return Panel(tokens, np.concatenate(weights) / len(weights))
+
+    def chance(self, candidate: Embedded) -> float:
+        """Mean recall of the panel's references by a candidate."""
+        return float(self.weights @ best_match(self.tokens, candidate))
+
+
 def precision_recall_f1(x: Embedded, y: Embedded, idf: np.ndarray, tf: Tf = "sublinear") -> tuple[float, float, float]:
     """BERTScore's P, R and F1 of candidate y against reference x; P weighs the tokens of y, R those of x."""
     p, r = recall(y, x, idf, tf), recall(x, y, idf, tf)

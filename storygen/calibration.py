@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from storygen import textstats as ts
-from storygen.bertscore import Embedded, Encoder, best_match, token_weights, weighted
+from storygen.bertscore import Embedded, Encoder, Panel, best_match, token_weights, weighted
 from storygen.cli import InputError, write_atomically
 from storygen.idf import Idf
 
@@ -18,6 +18,7 @@ TF = ("raw", "sublinear", "binary")
 CAP = 99.0
 LEVELS = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100)
 MAX_ROWS = 200
+PANEL = 32
 MAX_STORIES = 4000
 
 
@@ -35,6 +36,11 @@ class Curve:
 def recall_key(pair: str, tf: str, capped: bool) -> str:
     """The name under which the recall of a pair is logged and calibrated: it says with which token weights."""
     return f"{pair}:{tf}" + ("" if capped else ":uncapped")
+
+
+def chance_key(key: str) -> str:
+    """The name under which the chance level of a recall is logged: what the same candidate earns from the panel."""
+    return f"{key}:chance"
 
 
 def token_weightings(ids: np.ndarray, tables: dict[bool, np.ndarray]) -> dict[tuple[str, bool], np.ndarray]:
@@ -71,7 +77,9 @@ class Calibration:
     repetition: {"2"|"4": {"mean"|"p95": Curve}}, share of repeated word n-grams by story length.
     quantiles: {measure: values at LEVELS percent}, the measures of `text_measures` and `order`, `think_order`.
     shuffled: {"order"|"think_order": mean score of the same texts with their words shuffled}, nats per pair.
-    chance, human: {recall_key: Curve}, recall of mismatched and of true pairs by candidate length.
+    chance, human: {recall_key: Curve}, recall of mismatched and of true pairs by candidate length; the distance between
+    them is what a recall over its own chance level is measured against.
+    panel: {"prompt"|"think": PANEL texts of other rows}, of which each candidate's own chance level is measured.
     pairs: counts of `WordOrder`.
     """
 
@@ -83,6 +91,7 @@ class Calibration:
     shuffled: dict[str, float]
     chance: dict[str, Curve]
     human: dict[str, Curve]
+    panel: dict[str, list[str]]
     pairs: dict[str, int]
 
     def quantile(self, measure: str, level: float) -> float:
@@ -130,7 +139,8 @@ def calibrate(
         values["stop_share"].append(ts.stop_share(split))
     order, thinks = ts.WordOrder.count([*texts, *(row["think"] for row in rows)]), [row["think"] for row in rows]
     values["order"], values["think_order"] = crossed_order(texts, thinks), crossed_order(thinks, texts)
-    chance, human = correlation_curves(paired, encoder, idf, rng)
+    panel = rows[-PANEL:]
+    chance, human = correlation_curves(paired, panel, encoder, idf, rng)
     return Calibration(
         n={"rows": len(rows), "stories": len(texts), "encoded": len(paired)},
         seed=seed,
@@ -143,6 +153,7 @@ def calibrate(
         },
         chance=chance,
         human=human,
+        panel={field: [row[field] for row in panel] for field in ("prompt", "think")},
         pairs=order.pairs,
     )
 
@@ -191,18 +202,19 @@ def repetition_curves(texts: list[list[str]], n: int) -> dict[str, Curve]:
 
 
 def correlation_curves(
-    rows: list[dict[str, str]], encoder: Encoder, idf: Idf, rng: random.Random
+    rows: list[dict[str, str]], panel: list[dict[str, str]], encoder: Encoder, idf: Idf, rng: random.Random
 ) -> tuple[dict[str, Curve], dict[str, Curve]]:
     """Chance level b(n) and human level h(n) of each pair's recall by candidate length n in words.
 
     b: the reference of one row against texts of other rows, cut or joined to n words. h = b + g, where g is the human gain
-    R - b over true pairs, fitted as a line in ln n and held outside the 5th to 95th percentile of human lengths: what a
-    length that no human wrote should earn is not known, so as much above chance as the nearest human one.
+    of true pairs over the panel's chance level, fitted as a line in ln n and held outside the 5th to 95th percentile of
+    human lengths: what a length that no human wrote should earn is not known, so as much as the nearest human one.
     """
     fields = ("prompt", "think", "story")
     coded = encoder.embed([row[field] for row in rows for field in fields])
     embedded = {field: coded[i :: len(fields)] for i, field in enumerate(fields)}
     tables = {True: idf.capped(CAP), False: idf.weights}
+    others_text = {field: encoder.embed([row[field] for row in panel]) for field in ("prompt", "think")}
     chance, human = {}, {}
     for pair in PAIRS:
         reference, candidate = pair.split("_")
@@ -211,17 +223,21 @@ def correlation_curves(
         tokens_per_word = sum(len(e.ids) for e in y) / max(1, sum(lengths))
         grid = np.unique(np.geomspace(5, 4 * max(lengths), 16).round().astype(int))
         mixed: dict[tuple[str, bool], list[list[float]]] = {}
-        true: dict[tuple[str, bool], list[float]] = {}
+        gains: dict[tuple[str, bool], list[float]] = {}
+        panels = {(tf, capped): Panel.of(others_text[reference], tables[capped], tf) for tf in TF for capped in tables}
         for i, row in enumerate(x):
             cuts = running_match(row, others(y, i, grid[-1] * tokens_per_word, rng), grid * tokens_per_word)
-            best = best_match(row, y[i])
+            best, by_panel = best_match(row, y[i]), best_match(panels["raw", True].tokens, y[i])
             for kind, weights in token_weightings(row.ids, tables).items():
                 mixed.setdefault(kind, []).append([weighted(cut, weights) for cut in cuts])
-                true.setdefault(kind, []).append(weighted(best, weights))
+                own, by_chance = weighted(best, weights), float(panels[kind].weights @ by_panel)
+                if rows[i] in panel:  # in a small set the panel holds the row itself, whose recall is not chance
+                    by_chance = (len(panel) * by_chance - own) / max(1, len(panel) - 1)
+                gains.setdefault(kind, []).append(own - by_chance)
         for kind, levels in mixed.items():
             key = recall_key(pair, *kind)
             chance[key] = Curve(tuple(float(n) for n in grid), rising(np.mean(levels, axis=0)))
-            human[key] = human_curve(chance[key], lengths, true[kind])
+            human[key] = human_curve(chance[key], lengths, gains[kind])
     return chance, human
 
 
@@ -248,13 +264,12 @@ def running_match(x: Embedded, ys: list[Embedded], cuts: np.ndarray) -> list[np.
     return list(best[:, at].T)
 
 
-def human_curve(chance: Curve, lengths: list[int], scores: list[float]) -> Curve:
-    gain = np.array(scores) - np.array([chance(n) for n in lengths])
+def human_curve(chance: Curve, lengths: list[int], gain: list[float]) -> Curve:
     low, high = np.percentile(lengths, (5, 95))
     if high > low:
         slope, level = np.polyfit(np.log(np.maximum(lengths, 1)), gain, 1)
     else:
-        slope, level = 0.0, float(gain.mean())
+        slope, level = 0.0, float(np.mean(gain))
     knots = sorted({*chance.words, float(max(low, 1)), float(max(high, 1))})
     fitted = [level + slope * np.log(np.clip(n, max(low, 1), max(high, 1))) for n in knots]
     # A gain of nothing would divide by nothing; an encoder that cannot tell pairs apart shows up as parts at random.

@@ -34,7 +34,8 @@ def test_formula_by_hand(reward, raw):
     parts = {}
     for pair, n in (("think_story", "story"), ("prompt_think", "think"), ("prompt_story", "story")):
         low, high = (curve[f"{pair}:sublinear"](raw[f"{n}_words"]) for curve in (human.chance, human.human))
-        parts[pair] = min(1, max(0, (raw[f"{pair}:sublinear"] - low) / (high - low)))
+        gain = raw[f"{pair}:sublinear"] - raw[f"{pair}:sublinear:chance"]
+        parts[pair] = min(1, max(0, gain / (high - low)))
     correlation = 0.5 * parts["think_story"] + 0.25 * parts["prompt_think"] + 0.25 * parts["prompt_story"]
     length = min(1, raw["story_words"] / 300)
     excess = raw["repeated_2"] - human.repetition["2"]["p95"](raw["story_words"])
@@ -53,6 +54,27 @@ def test_formula_by_hand(reward, raw):
 def test_recalls_are_those_of_the_texts(reward, raw):
     x, y = reward.encoder.embed([ROWS[0]["think"], ROWS[0]["story"]])
     assert raw["think_story:sublinear"] == pytest.approx(recall(x, y, reward.idf.capped(CAP)), abs=1e-6)
+
+
+def test_chance_is_what_the_same_text_answers_of_other_rows(reward, raw):
+    panel = reward.calibration.panel["think"]
+    assert len(panel) == 32 and ROWS[0]["think"] not in panel
+    story, *others = reward.encoder.embed([ROWS[0]["story"], *panel])
+    expected = sum(recall(other, story, reward.idf.capped(CAP)) for other in others) / len(others)
+    assert raw["think_story:sublinear:chance"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_story_about_something_else_gains_nothing_by_length(reward):
+    """Twice the words answer more of any outline; that must not look like carrying out this one."""
+    rows = [Sample(row["prompt"], row["think"], ROWS[i - 1]["story"], True) for i, row in enumerate(ROWS)]
+    long = [replace(row, story=row.story + "\n" + ROWS[i - 2]["story"]) for i, row in enumerate(rows)]
+    short, long = ([m["think_story:sublinear"] for m in measured] + [m["think_story:sublinear:chance"] for m in measured]
+                   for measured in map(reward.measure, (rows, long)))  # fmt: skip
+    n = len(ROWS)
+    recalls = [b - a for a, b in zip(short[:n], long[:n])]
+    gains = [(long[i] - long[n + i]) - (short[i] - short[n + i]) for i in range(n)]
+    assert sum(recalls) / n > 0.03
+    assert abs(sum(gains) / n) < 0.01
 
 
 def test_malformed(reward):
