@@ -94,7 +94,7 @@ class Recipe:
 
 RECIPES = {
     ("demo", "oneshot"): Recipe(steps=100, lr=5e-4, batch_tokens=4096, eval_every=50),
-    ("demo", "zeroshot"): Recipe(steps=210, lr=5e-4, batch_tokens=4096, eval_every=70),
+    ("demo", "zeroshot"): Recipe(steps=240, lr=5e-4, batch_tokens=4096, eval_every=80),
     # About three epochs of the 1.97K rows in each mode, at the usual fine-tuning rate of GPT-2 124M.
     ("gpt2", "oneshot"): Recipe(steps=400, lr=5e-5, batch_tokens=16384, eval_every=50),
     ("gpt2", "zeroshot"): Recipe(steps=300, lr=5e-5, batch_tokens=16384, eval_every=50),
@@ -259,7 +259,7 @@ def main(args: Args) -> None:
         # What the stage is for: text alone is best after few steps, when the tags are not yet learnt.
         objective = mean_loss(model, rows["validation"] + drills, pattern, args, dtype, args.tag_weight)
         prefixes = [row.ids[: row.start] for row in held_out]
-        drawn = sample(model, prefixes, 1, eos_id=pattern.eos_id, seed=args.seed, dtype=dtype)
+        drawn = sample(model, prefixes, 1, eos_id=pattern.eos_id, vocabulary=pattern.size, seed=args.seed, dtype=dtype)
         parsed = [pattern.parse(completions[0].ids) for completions in drawn]
         if objective < best_loss:
             best_loss = objective

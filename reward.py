@@ -23,10 +23,11 @@ from storygen import textstats as ts
 from storygen.bertscore import Embedded, Encoder, Panel, cut_up, load_encoder, recall
 from storygen.calibration import CAP, PAIRS, Calibration, chance_key, recall_key, text_measures
 from storygen.cli import InputError, run, write_atomically
+from storygen.explain import write_page
 from storygen.hacks import FAMILIES, hack
 from storygen.idf import Idf
 from storygen.pattern import text_verdict
-from storygen.workbench import answers, flipped, measures, rank_correlation, read_rows
+from storygen.workbench import answered, answers, flipped, measures, rank_correlation, read_rows
 
 # Samples whose token vectors are held in memory at once: an RL batch, and 0.5 GB of vectors in a large file of long stories.
 CHUNK = 256
@@ -259,12 +260,14 @@ class ScoreRows(Workbench):
 
 @dataclass
 class Explain(Workbench):
-    """One row in the terminal: each part with its human range, each outline word with the story word that answered it."""
+    """One row: each part with its human range, each outline word with the story word that answered it."""
 
     rows: tyro.conf.Positional[Path] = tyro.MISSING
     """JSON lines {prompt, think, story, finished}, such as samples.jsonl."""
     row: int = 1
     """Which row, counted from 1."""
+    html: Path | None = None
+    """Also write it as a page for the browser: point at an outline word to see its answer in the story."""
 
 
 @dataclass
@@ -315,20 +318,24 @@ def explain(args: Explain) -> None:
         raise InputError(f"{args.rows} holds rows 1 to {len(rows)}, not {args.row}")
     reward, sample, console = Reward.load(args.data, args.reward), sample_of(rows[args.row - 1]), Console()
     score = reward([sample], target_of(args, reward))[0]
+    off = {name for name in GUARDS if not getattr(args.reward.guards, name).on}
+    found = list(answered(reward.encoder, sample.think, sample.story, reward.token_table(), args.reward.correlation.tf))
     console.print(f"reward {score.reward:.3f}   verdict {score.verdict}", style="bold")
     console.print(sample.prompt, style="italic", markup=False)
-    if score.verdict != "ok":
-        return
-    table = Table("part or guard", "score", "weight", title="* switched off")
-    for name, value in score.parts.items():
-        table.add_row(name, f"{value:.3f}", f"{reward.weights[name]:.2f}" if name in reward.weights else "")
-    table.add_section()
-    for name, value in score.guards.items():
-        table.add_row(name + ("" if getattr(args.reward.guards, name).on else " *"), f"{value:.3f}", "")
-    idf, tf = reward.token_table(), args.reward.correlation.tf
-    console.print(
-        table, measures(reward.calibration, score.raw), answers(reward.encoder, sample.think, sample.story, idf, tf)
-    )
+    if score.verdict == "ok":
+        table = Table("part or guard", "score", "weight", title="* switched off")
+        for name, value in score.parts.items():
+            table.add_row(name, f"{value:.3f}", f"{reward.weights[name]:.2f}" if name in reward.weights else "")
+        table.add_section()
+        for name, value in score.guards.items():
+            table.add_row(name + (" *" if name in off else ""), f"{value:.3f}", "")
+        console.print(table, measures(reward.calibration, score.raw), answers(found))
+    if args.html:
+        write_page(
+            args.html, sample, score, found, weights=reward.weights, switched_off=off, recall_keys=reward.recall_keys(),
+            calibration=reward.calibration,
+        )  # fmt: skip
+        print(f"wrote {args.html}")
 
 
 def rescore(args: Rescore) -> None:

@@ -140,7 +140,9 @@ def update(
             for micro in token_budget_batches(lengths, args.micro_tokens):
                 chosen = [members[m] for m in micro]
                 rows, starts = [batch.rows[i] for i in chosen], [batch.starts[i] for i in chosen]
-                logps = response_logps(model, rows, starts, pattern.pad_id, dtype=dtype, temperature=args.temperature)
+                logps = response_logps(
+                    model, rows, starts, pattern.pad_id, dtype=dtype, temperature=args.temperature, vocabulary=pattern.size
+                )
                 old_logps, ref_logps = torch.cat([old[i] for i in chosen]), torch.cat([ref[i] for i in chosen])
                 per_token = torch.cat([torch.full_like(old[i], advantage[i]) for i in chosen])
                 loss, stats = policy_loss(
@@ -299,8 +301,8 @@ def main(args: Args) -> None:
             scored = time.perf_counter()
 
             micro = token_budget_batches([len(row) for row in batch.rows], args.micro_tokens)
-            old = rollout_logps(model, batch, micro, pattern.pad_id, **law)
-            ref = rollout_logps(reference, batch, micro, pattern.pad_id, **law)
+            old = rollout_logps(model, pattern, batch, micro, **law)
+            ref = rollout_logps(reference, pattern, batch, micro, **law)
             drift = (torch.cat(old) - torch.cat(ref)).clamp(-20, 20)
             kl = (torch.exp(-drift) - 1 + drift).mean().item()
             for group in optimizer.param_groups:

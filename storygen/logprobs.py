@@ -65,19 +65,20 @@ def response_logps(
     *,
     dtype: torch.dtype = torch.float32,
     temperature: float = 1.0,
+    vocabulary: int | None = None,
     chunk: int = 1024,
 ) -> torch.Tensor:
-    """Log-probability of every response token, (tokens,), in nats.
+    """Log-probability of every response token, (tokens,), in nats, under the law that `sample` draws from.
 
     Row i's response is `rows[i][starts[i]:]`; responses stand one after the other, without padding. The projection to the
     vocabulary runs over response positions only, `chunk` of them at a time, and again in the backward pass: no
-    (tokens, vocabulary) matrix of all logits ever exists.
+    (tokens, vocabulary) matrix of all logits ever exists. vocabulary: as for `sample`, rows beyond it are left out.
     """
     device = model.device
     ids = pad_right(rows, pad_id, device)
     row_of = torch.tensor([r for r, row in enumerate(rows) for _ in range(starts[r], len(row))], device=device)
     place = torch.tensor([t for r, row in enumerate(rows) for t in range(starts[r], len(row))], device=device)
-    table = model.get_output_embeddings().weight
+    table = model.get_output_embeddings().weight[:vocabulary]
     with autocast(device, dtype):
         # A mask of ones: padding stands on the right, where causal attention never looks from a real token, and a plain
         # causal mask keeps the fast attention kernel.

@@ -44,8 +44,9 @@ def rollout(
     prefixes = [pattern.prefix(prompt) for prompt in prompts]
     context = context_length(model)
     drawn = sample(
-        model, prefixes, k, eos_id=pattern.eos_id, seed=seed, temperature=temperature, dtype=dtype, progress=progress
-    )
+        model, prefixes, k, eos_id=pattern.eos_id, vocabulary=pattern.size, seed=seed, temperature=temperature, dtype=dtype,
+        progress=progress,
+    )  # fmt: skip
     flat = [
         (prompt, prefix, completion)
         for prompt, prefix, completions in zip(prompts, prefixes, drawn, strict=True)
@@ -63,7 +64,13 @@ def rollout(
 
 @torch.no_grad()
 def rollout_logps(
-    model: PreTrainedModel, batch: Rollout, micro: list[list[int]], pad_id: int, *, temperature: float, dtype: torch.dtype
+    model: PreTrainedModel,
+    pattern: Pattern,
+    batch: Rollout,
+    micro: list[list[int]],
+    *,
+    temperature: float,
+    dtype: torch.dtype,
 ) -> list[torch.Tensor]:
     """Log-probabilities of every response's tokens under any model, one tensor a row, nats.
 
@@ -73,7 +80,8 @@ def rollout_logps(
     for part in micro:
         rows, starts = [batch.rows[i] for i in part], [batch.starts[i] for i in part]
         sizes = [len(row) - start for row, start in zip(rows, starts, strict=True)]
-        flat = response_logps(model, rows, starts, pad_id, dtype=dtype, temperature=temperature)
+        law = {"temperature": temperature, "vocabulary": pattern.size}
+        flat = response_logps(model, rows, starts, pattern.pad_id, dtype=dtype, **law)
         for i, logp in zip(part, flat.split(sizes), strict=True):
             logps[i] = logp
     return logps

@@ -29,7 +29,7 @@ class Completion:
 class _Decoder:
     """GPT-2's forward pass over slots of a KV cache, with its weights in one dtype."""
 
-    def __init__(self, model: GPT2LMHeadModel, slots: int, length: int, dtype: torch.dtype):
+    def __init__(self, model: GPT2LMHeadModel, slots: int, length: int, dtype: torch.dtype, vocabulary: int | None):
         config = model.config
         self.heads, self.eps = config.n_head, config.layer_norm_epsilon
         self.activation = model.transformer.h[0].mlp.act
@@ -45,7 +45,7 @@ class _Decoder:
         self.tokens = model.transformer.wte.weight.detach().to(dtype)
         self.positions = model.transformer.wpe.weight.detach().to(dtype)
         # A transposed copy: at a few rows the product is bound by memory, and this order reads it in one sweep.
-        self.head = model.lm_head.weight.detach().to(dtype).t().contiguous()
+        self.head = model.lm_head.weight.detach()[:vocabulary].to(dtype).t().contiguous()
         shape = (config.n_layer, slots, self.heads, length, config.n_embd // self.heads)
         self.keys = torch.zeros(shape, dtype=dtype, device=model.device)
         self.values = torch.zeros(shape, dtype=dtype, device=model.device)
@@ -127,6 +127,7 @@ def sample(
     *,
     eos_id: int,
     seed: int | tuple[int, ...],
+    vocabulary: int | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     max_new_tokens: int | None = None,
@@ -136,6 +137,7 @@ def sample(
 ) -> list[list[Completion]]:
     """`num` completions of each prefix (token ids), up to `eos_id`, the context's end or `max_new_tokens`.
 
+    vocabulary: number of tokens; rows of the embedding matrix beyond it are its padding and never drawn. None: all rows.
     Same seed, device and dtype: same tokens. Raises `InputError` for a prefix that fills the context and for architectures
     other than GPT-2.
     """
@@ -155,14 +157,14 @@ def sample(
     waiting = deque((p, k) for p in range(len(prefixes)) for k in range(num))
     slots = min(max_rows, len(waiting))
     longest_row = max((len(prefix) + room(prefix) for prefix in prefixes), default=0)
-    decoder = _Decoder(model, slots, longest_row, dtype)
+    decoder = _Decoder(model, slots, longest_row, dtype, vocabulary)
     results: list[list[Completion | None]] = [[None] * num for _ in prefixes]
     prefilled: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     jobs: list[tuple[int, int]] = []  # of the active slots, 0 … n-1
     streams: list[np.ndarray] = []
     drawn: list[Completion] = []
-    logits = torch.empty(0, model.get_output_embeddings().weight.shape[0], device=model.device)
+    logits = torch.empty(0, decoder.head.shape[1], device=model.device)
     bar = tqdm(total=len(waiting), unit="sample", desc="sampling", disable=None if progress else True, leave=False)
     while waiting or jobs:
         fresh = []

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,26 @@ def read_rows(path: Path, extra: dict[str, type] | None = None) -> list[dict[str
 KINDS = {str: "string", bool: "boolean", float: "number", dict: "JSON object"}
 
 
-def answered(encoder: Encoder, think: str, story: str, table: np.ndarray, tf: Tf) -> Iterator[tuple[str, str, float, float]]:
-    """(outline word, story word that its pieces match best, mean similarity, share of the weight) for each content word."""
+@dataclass(frozen=True)
+class Answer:
+    """An outline word and the story word that its heaviest piece matches best. Starts are character offsets.
+
+    similarity: mean cosine of the word's pieces with their best matches, by weight. weight: its share of the outline's.
+    """
+
+    start: int
+    word: str
+    story_start: int | None
+    story_word: str
+    similarity: float
+    weight: float
+
+
+def answered(encoder: Encoder, think: str, story: str, table: np.ndarray, tf: Tf) -> Iterator[Answer]:
+    """Which story word answered each content word of the outline."""
     x, y = encoder.embed([think, story])
+    if not len(x.ids) or not len(y.ids):
+        return
     near = (x.vectors @ y.vectors.T).max(dim=1)
     weights = token_weights(x.ids, table, tf)
     places, answers = word_of_token(encoder, think), word_of_token(encoder, story)
@@ -54,9 +72,9 @@ def answered(encoder: Encoder, think: str, story: str, table: np.ndarray, tf: Tf
         mine = [i for i, place in enumerate(places) if place == word]
         if weights[mine].sum() > 0 and ts.words(word[1]) and ts.words(word[1])[0] not in ts.STOP_WORDS:
             best = max(mine, key=lambda i: weights[i])
-            answer = answers[int(near.indices[best])]
+            answer = answers[int(near.indices[best])] or (None, "(start or end)")
             similarity = weighted(near.values.double().cpu().numpy()[mine], weights[mine])
-            yield word[1], answer[1] if answer else "(start or end)", similarity, weights[mine].sum() / weights.sum()
+            yield Answer(*word, *answer, similarity, float(weights[mine].sum() / weights.sum()))
 
 
 def word_of_token(encoder: Encoder, text: str) -> list[tuple[int, str] | None]:
@@ -78,11 +96,12 @@ def measures(calibration: Calibration, raw: dict[str, float]) -> Table:
     return table
 
 
-def answers(encoder: Encoder, think: str, story: str, idf: np.ndarray, tf: Tf) -> Table:
+def answers(found: list[Answer]) -> Table:
     """Each content word of the outline beside the story word that answered it; poor answers in red."""
     table = Table("outline word", "answered by", "similarity", "weight")
-    for word, answer, similarity, weight in answered(encoder, think, story, idf, tf):
-        table.add_row(word, answer, f"{similarity:.2f}", f"{weight:.1%}", style="" if similarity > 0.5 else "red")
+    for a in found:
+        style = "" if a.similarity > 0.5 else "red"
+        table.add_row(a.word, a.story_word, f"{a.similarity:.2f}", f"{a.weight:.1%}", style=style)
     return table
 
 

@@ -1,4 +1,6 @@
+import html
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -227,6 +229,30 @@ def test_explain(script, tmp_path):
     for word in ("think_story", "on_prompt", "answered by", "similarity"):
         assert word in result.stdout
     assert script("reward.py", "explain", tmp_path / "r.jsonl", "--row", "3", "--data", data_folder()).returncode == 2
+
+
+def test_explain_as_a_page(script, tmp_path):
+    hostile = '<script>document.title="out"</script>'
+    rows = [ROWS[1] | {"think": ROWS[1]["think"] + f" {hostile}"}, ROWS[1] | {"story": f"{hostile} <story>"}]
+    page = tmp_path / "page.html"
+    for number in (1, 2):
+        arguments = ("--row", number, "--data", data_folder(), "--html", page)
+        result = script("reward.py", "explain", write(tmp_path / "r.jsonl", rows), *arguments)
+        assert result.returncode == 0, result.stderr
+        text = page.read_text(encoding="utf-8")
+        assert text.count("<script") == 1 and "&lt;" in text
+        assert not re.findall(r"(?:src|href)\s*=|url\(|@import", text)
+        if number == 2:
+            assert "malformed: two_story_tags" in text
+            continue
+        # The texts stand there whole, each answered outline word points at a story word that is there.
+        plain = {name: html.unescape(re.sub(r"<[^>]+>", "", re.search(f'id="{name}">(.*?)</div>', text, re.DOTALL)[1]))
+                 for name in ("think", "story")}  # fmt: skip
+        assert plain == {"think": rows[0]["think"], "story": rows[0]["story"]}
+        asked = re.findall(r'data-story="(\d+)" data-says', text)
+        assert len(asked) > 15 and all(f'<button data-story="{start}">' in text for start in asked)
+        for part in ("think by story", "length, weight 0.26", "repetition, weight 0.17", "prose, weight 0.13"):
+            assert part in text
 
 
 def test_rescore(script, tmp_path, reward):

@@ -30,7 +30,7 @@ def test_rows_are_the_prompts_prefix_and_what_was_drawn(tiny, drawn):
 def test_log_probabilities_are_the_samplers_whatever_the_batches(tiny, drawn, budget):
     model, _, pattern = tiny
     micro = token_budget_batches([len(row) for row in drawn.rows], budget)
-    logps = rollout_logps(model, drawn, micro, pattern.pad_id, temperature=0.9, dtype=torch.float32)
+    logps = rollout_logps(model, pattern, drawn, micro, temperature=0.9, dtype=torch.float32)
     assert [len(logp) for logp in logps] == [len(row) - start for row, start in zip(drawn.rows, drawn.starts)]
     assert torch.allclose(torch.cat(logps), drawn.sampler_logps, atol=1e-3)
     assert drawn.response_tokens() == len(drawn.sampler_logps)

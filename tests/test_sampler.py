@@ -30,6 +30,20 @@ def test_logps_equal_a_full_unpadded_forward(tiny):
             assert torch.allclose(ours, expected, atol=1e-4)
 
 
+def test_rows_beyond_the_vocabulary_are_no_part_of_the_law(tiny):
+    model, _, pattern = tiny
+    prefix = pattern.prefix("Rain")
+    for completion in flat(sample(model, [prefix], 4, eos_id=-1, seed=3, vocabulary=300, max_new_tokens=20)):
+        ids = prefix + completion.ids
+        with torch.no_grad():
+            law = model(torch.tensor([ids])).logits[0, len(prefix) - 1 : -1, :300].log_softmax(-1)
+            ours = response_logps(model, [ids], [len(prefix)], pattern.pad_id, vocabulary=300)
+        assert max(completion.ids) < 300
+        expected = law.gather(-1, torch.tensor(completion.ids)[:, None])[:, 0]
+        assert torch.allclose(torch.tensor(completion.logps), expected, atol=1e-4)
+        assert torch.allclose(ours, expected, atol=1e-4)
+
+
 def test_samples_do_not_depend_on_how_many_rows_run_beside_them(tiny):
     model, _, pattern = tiny
     prefixes = [pattern.prefix(p) for p in PROMPTS]
