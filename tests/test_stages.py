@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pattern_learning import Row, behind_examples, drill, load_examples, loss_sum
+from pattern_learning import Args, Row, batches, behind_examples, drill, load_examples, loss_sum
 from storygen.checkpoint import save_model
 from storygen.pattern import Pattern
 from tests.conftest import ROOT, tiny_gpt2
@@ -112,6 +112,7 @@ def test_model_folder_loads_with_plain_transformers_and_has_learnt(zeroshot):
     assert tokenizer.eos_token == "<eos>" and model.config.eos_token_id == tokenizer.eos_token_id
     assert tokenizer.chat_template
     metrics = without_times(zeroshot / "metrics.jsonl")
+    assert {"val_loss", "val_objective", "well_formed"} <= set(metrics[59]) & set(metrics[119])
     assert [m["step"] for m in metrics] == list(range(1, 121))
     first = without_times(zeroshot.parent / "oneshot" / "metrics.jsonl")[0]["loss"]
     assert metrics[-1]["val_loss"] < first - 5 and metrics[-1]["well_formed"] >= 0.5
@@ -145,6 +146,18 @@ def test_drills_teach_tags_and_nothing_else():
         tags = [t for t in range(row.start, len(row.ids)) if row.ids[t] in (pattern.story_id, pattern.eos_id)]
         loss, weight = loss_sum(model, [row], pattern, torch.float32, tag_weight=5.0)
         assert weight == 10 and torch.allclose(loss, -5 * sum(logps[t - 1, row.ids[t]] for t in tags), atol=1e-3)
+
+
+@pytest.mark.parametrize("share, expected", [(0.0, (0, 0)), (0.5, (5, 35)), (1.0, (40, 40)), (2.0, (80, 80))])
+def test_drill_share_is_drills_a_row(share, expected):
+    _, tokenizer = tiny_gpt2(context=512)
+    pattern = Pattern(tokenizer)
+    texts = [{"prompt": "A dog.", "think": "It barks.", "story": "One ran. Two sat. Three slept."}] * 40
+    rows = [Row(*pattern.row(**text)) for text in texts]
+    args = Args(mode="zeroshot", drill_share=share, batch_tokens=10**6)  # one batch is an epoch
+    batch = next(batches(rows, texts, [], pattern, args, 512))
+    assert expected[0] <= sum(row.tags_only for row in batch) <= expected[1]
+    assert sum(not row.tags_only for row in batch) == 40
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +253,7 @@ def test_rl_refuses_bad_input_in_one_line(script, whole_run, zeroshot, home, arg
         (["--model", "artifacts/nowhere"], "does not exist"),
         (["--examples", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--steps", "0"], "--steps"),
+        (["--drill-share", "-1"], "--drill-share"),
         (["--device", "cuda"], "no GPU"),
     ],
 )
