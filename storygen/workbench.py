@@ -11,7 +11,7 @@ from rich.table import Table
 
 from storygen import textstats as ts
 from storygen.bertscore import Encoder, Tf, token_weights, weighted
-from storygen.calibration import Calibration
+from storygen.calibration import Calibration, chance_key
 from storygen.cli import InputError
 
 
@@ -106,12 +106,13 @@ def answers(found: list[Answer]) -> Table:
 
 
 def human_range(calibration: Calibration, raw: dict[str, float], key: str) -> str:
-    """What human rows show for a raw measure: 5th to 95th percentile, or chance and human level at that length."""
+    """What human rows show for a raw measure: 5th to 95th percentile, or chance for this text and the human level above it."""
     if key in calibration.quantiles:
         return f"{calibration.quantile(key, 5):.3f} to {calibration.quantile(key, 95):.3f}"
     if key in calibration.human:
         n = raw[f"{key.partition(':')[0].partition('_')[2]}_words"]
-        return f"chance {calibration.chance[key](n):.3f}, human {calibration.human[key](n):.3f}"
+        chance, gain = raw[chance_key(key)], calibration.human[key](n) - calibration.chance[key](n)
+        return f"chance {chance:.3f}, human {chance + gain:.3f}"
     return ""
 
 
