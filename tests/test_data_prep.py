@@ -184,9 +184,11 @@ def test_interrupted_it_leaves_the_earlier_data_set(tmp_path, made):
     for path in made[0].iterdir():
         (out / path.name).write_bytes(path.read_bytes())
     before = {path.name: path.read_bytes() for path in out.iterdir()}
+    # A test run that was itself started in the background hands down an ignored SIGINT.
     running = subprocess.Popen(
-        command("--preset", "demo", "--out", out), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+        command("--preset", "demo", "--out", out), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  no thread here holds a lock
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (tmp_path / ".out.partial").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
