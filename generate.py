@@ -92,7 +92,8 @@ def write_stories(args: Args, prompts: list[str]) -> list[tuple[str, Parsed]]:
     pattern = Pattern(tokenizer)
     drawn = sample(
         model, [pattern.prefix(prompt) for prompt in prompts], args.num, eos_id=pattern.eos_id,
-        vocabulary=pattern.size, seed=args.seed, temperature=args.temperature, top_p=args.top_p, dtype=best_dtype(device), progress=True,
+        vocabulary=pattern.size, seed=args.seed, temperature=args.temperature, top_p=args.top_p, dtype=best_dtype(device),
+        progress=True,
     )  # fmt: skip
     return [(prompt, pattern.parse(c.ids)) for prompt, completions in zip(prompts, drawn) for c in completions]
 

@@ -4,8 +4,8 @@
     python pattern_learning.py --mode zeroshot
 
 The loss is taken on what the model has to write itself: outline, `<story>`, story and `<eos>` of the real row, never on the
-example or the prompt. The weights with the lowest loss on validation rows, measured as in training, are kept. A run that was stopped goes on when the same
-command is given again.
+example or the prompt. The weights with the lowest loss on validation rows, measured as in training, are kept. A run that was
+stopped goes on when the same command is given again.
 """
 
 import json

@@ -11,6 +11,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,7 +74,7 @@ class Reward:
         self.weights = self.config.weights()
         if self.encoder is not None:
             self.panels = {
-                field: Panel.of(self.encoder.embed(texts), self.token_table(), self.config.correlation.tf)
+                field: Panel.of(self.encoder.embed(texts), self.token_table, self.config.correlation.tf)
                 for field, texts in self.calibration.panel.items()
             }
 
@@ -126,9 +127,10 @@ class Reward:
 
     def recall_and_chance(self, text: dict[str, Embedded], reference: str, candidate: Embedded) -> tuple[float, float]:
         """Recall of one of a sample's texts by a candidate, and of other rows' texts of that kind."""
-        own = recall(text[reference], candidate, self.token_table(), self.config.correlation.tf)
+        own = recall(text[reference], candidate, self.token_table, self.config.correlation.tf)
         return own, self.panels[reference].chance(candidate)
 
+    @cached_property
     def token_table(self) -> np.ndarray:
         return self.idf.capped(CAP) if self.config.correlation.idf_cap else self.idf.weights
 
@@ -319,7 +321,7 @@ def explain(args: Explain) -> None:
     reward, sample, console = Reward.load(args.data, args.reward), sample_of(rows[args.row - 1]), Console()
     score = reward([sample], target_of(args, reward))[0]
     off = {name for name in GUARDS if not getattr(args.reward.guards, name).on}
-    found = list(answered(reward.encoder, sample.think, sample.story, reward.token_table(), args.reward.correlation.tf))
+    found = list(answered(reward.encoder, sample.think, sample.story, reward.token_table, args.reward.correlation.tf))
     console.print(f"reward {score.reward:.3f}   verdict {score.verdict}", style="bold")
     console.print(sample.prompt, style="italic", markup=False)
     if score.verdict == "ok":
