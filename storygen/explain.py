@@ -76,7 +76,7 @@ def _ranges(raw: dict[str, float], recall_keys: list[str], human: Calibration) -
         gain = human.human[key](at) - human.chance[key](at)
         own, chance = raw[key], raw[chance_key(key)]
         says = f"recall {own:.2f}; {chance:.2f} by chance, human rows {chance + gain:.2f}"
-        ranges[pair] = _track(own - chance, 0.8 * gain, 1.2 * gain, says)
+        ranges[pair] = _track(own - chance, 0.98 * gain, 1.02 * gain, says)  # the human mean: its spread is not kept
     low, high = (human.quantile("story_words", level) for level in (5, 95))
     ranges["length"] = _track(n, low, high, f"{n:.0f} words; human rows {low:.0f} to {high:.0f}")
     mean, p95 = (human.repetition["2"][which](n) for which in ("mean", "p95"))
