@@ -33,9 +33,13 @@ class Correlation:
     """What a word said tf times weighs: tf, 1 + ln tf, or 1 times its idf. raw is the bert-score library's formula."""
     idf_cap: bool = True
     """Cap idf at its 99th percentile, so that one rare word cannot outweigh a sentence."""
+    full_at: float = 0.8
+    """Share of the mean human gain over chance at which a pair is fully answered; above 0, to 2. Under 1, because at 1 half
+    of the human rows would fall short."""
 
     def __post_init__(self):
         check("correlation.weight", self.weight, 0, 1)
+        check("correlation.full_at", self.full_at, 1e-6, 2)
         for name in ("think_story", "prompt_think", "prompt_story"):
             check(f"correlation.{name}", getattr(self, name), 0, 1)
         if self.think_story + self.prompt_think + self.prompt_story == 0:
@@ -133,11 +137,29 @@ class Floor:
 
 
 @dataclass(frozen=True)
+class Power:
+    """A factor of the reward: (value / human percentile) ^ power, at most 1. Every fault costs, however good the rest."""
+
+    on: bool = True
+    """Off: the guard is computed and logged, and the reward ignores it."""
+    level: float = 95.0
+    """Human percentile at which the factor reaches 1, 0 to 100."""
+    power: float = 1.0
+    """Above 0, to 10; the higher the stricter."""
+
+    def __post_init__(self):
+        check("level", self.level, 0, 100)
+        check("power", self.power, 1e-6, 10)
+
+
+@dataclass(frozen=True)
 class Guards:
     """What cannot be had by writing well but can be had by gaming a part. See `reward.py audit`."""
 
     copied: Guard = Guard(slack=0.15)
     """Share of the story's word 4-grams that stand in prompt or outline. Against pasting either."""
+    copied_short: Guard = Guard(level=95.0, slack=0.04)
+    """Share of the story's word 3-grams that stand in the outline. Against pieces of it, too short for `copied`, all over."""
     think_copied: Guard = Guard(slack=0.3)
     """Share of the outline's word 4-grams that stand in the prompt. Against pasting the prompt as the plan."""
     types: Guard = Guard(slack=0.2)
@@ -161,6 +183,16 @@ class Guards:
     sees order; shuffled words are about 1.5 nats below human text."""
     think_order: Guard = Guard(slack=0.8)
     """The same of the outline."""
+    belongs: Power = Power(level=95.0, power=0.5)
+    """How far the story's words belong where they stand (storygen/replaced.py). Against words thrown in and mixed up."""
+    think_belongs: Power = Power(level=75.0, power=0.4)
+    """The same of the outline."""
+    answers_belong: Power = Power(level=10.0, power=4.0)
+    """The same of the story's words that answer the outline, against the rest of the story. Against naming what the plan
+    names without telling it."""
+    loops: Guard = Guard(slack=0.2)
+    """Share of repeated word 4-grams over the human 95th percentile at that length; `level` is not used. Against a story
+    told twice, which costs no more than the repetition part."""
     think_length: Guard = Guard(slack=0.6)
     """Words of the outline, at least and at most; the slack is a share of the range's end. Against plans with nothing to
     carry out, and plans that are the story."""
@@ -169,9 +201,10 @@ class Guards:
     on_plan: Floor = Floor()
     """think_story. Against a good story that has nothing to do with its plan: length, repetition and prose alone would pay
     half of the reward."""
-    throughout: Floor = Floor(at=0.15, keep=0.8)
-    """think_story of the weakest third of the story. Against padding a story with another one, and against drifting off."""
-    on_prompt: Floor = Floor()
+    throughout: Floor = Floor(at=0.25, keep=0.4)
+    """think_story of the story's two weaker thirds, on average. Against padding a story with another one, and against
+    drifting off."""
+    on_prompt: Floor = Floor(at=0.45)
     """Mean of prompt_think and prompt_story. Against a good plan and story for another prompt."""
 
 

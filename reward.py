@@ -3,12 +3,13 @@
     python reward.py score ROWS.jsonl --data DIR      rows {prompt, think, story, finished} -> the same with reward and parts
     python reward.py explain ROWS.jsonl --row 3       one row: each part, and which story word answered each outline word
     python reward.py rescore SAMPLES.jsonl --reward.… what a changed config would have preferred, without sampling again
-    python reward.py audit                            does any cheap trick score at least as much as the honest row
+    python reward.py audit                            does any cheap trick score more than the honest row
 
 `rew_config.py` says what every knob does. `Reward.measure` needs the encoder; `Reward.combine` is arithmetic.
 """
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -19,10 +20,10 @@ import numpy as np
 import torch
 import tyro
 
-from rew_config import GUARDS, OWN_PARTS, PARTS, Floor, Guard, RewardConfig
+from rew_config import GUARDS, OWN_PARTS, PARTS, Floor, Guard, Power, RewardConfig
 from storygen import textstats as ts
 from storygen.bertscore import Embedded, Encoder, Panel, cut_up, load_encoder, recall
-from storygen.calibration import CAP, PAIRS, Calibration, chance_key, recall_key, text_measures
+from storygen.calibration import CAP, HOME_MEASURES, PAIRS, Calibration, chance_key, home_measures, recall_key, text_measures
 from storygen.cli import InputError, run, write_atomically
 from storygen.explain import write_page
 from storygen.hacks import FAMILIES, hack
@@ -116,12 +117,14 @@ class Reward:
         for i, sample in enumerate(samples):
             text = dict(zip(("prompt", "think", "story"), coded[3 * i : 3 * i + 3], strict=True))
             raw = self.measure_text(sample)
+            raw |= home_measures(self.calibration.probe, self.encoder, self.capped, text["think"], text["story"])
             *keys, third_key = self.recall_keys()
             for key, pair in zip(keys, PAIRS, strict=True):
                 reference, candidate = pair.split("_")
                 raw[key], raw[chance_key(key)] = self.recall_and_chance(text, reference, text[candidate])
             thirds = [self.recall_and_chance(text, "think", third) for third in cut_up(text["story"], 3)]
-            raw[third_key], raw[chance_key(third_key)] = min(thirds, key=lambda both: both[0] - both[1])
+            weaker = sorted(thirds, key=lambda both: both[0] - both[1])[:2]
+            raw[third_key], raw[chance_key(third_key)] = (sum(values) / 2 for values in zip(*weaker, strict=True))
             raws.append(raw)
         return raws
 
@@ -131,14 +134,17 @@ class Reward:
         return own, self.panels[reference].chance(candidate)
 
     @cached_property
+    def capped(self) -> np.ndarray:
+        return self.idf.capped(CAP)
+
+    @cached_property
     def token_table(self) -> np.ndarray:
-        return self.idf.capped(CAP) if self.config.correlation.idf_cap else self.idf.weights
+        return self.capped if self.config.correlation.idf_cap else self.idf.weights
 
     def recall_keys(self) -> list[str]:
-        """Names in `raw` of the pairs' recalls under this config, then of the outline's by the story's weakest third."""
-        return [
-            recall_key(pair, self.config.correlation.tf, self.config.correlation.idf_cap) for pair in (*PAIRS, "think_third")
-        ]
+        """Names in `raw` of the pairs' recalls under this config, then of the outline's by the story's two weaker thirds."""
+        config = self.config.correlation
+        return [recall_key(pair, config.tf, config.idf_cap) for pair in (*PAIRS, "think_third")]
 
     def measure_text(self, sample: Sample) -> dict[str, float]:
         """The measures that need no encoder."""
@@ -170,7 +176,7 @@ class Reward:
     def gain(self, raw: dict[str, float], key: str, scale: str, n: float) -> float:
         """How far a recall is above what the same text answers by chance, in human gains (of `scale`, at n words); [0, 1]."""
         human = self.calibration.human[scale](n) - self.calibration.chance[scale](n)
-        return clip((raw[key] - raw[chance_key(key)]) / human)
+        return clip((raw[key] - raw[chance_key(key)]) / (self.config.correlation.full_at * human))
 
     def parts(self, raw: dict[str, float], length_target: float) -> dict[str, float]:
         """Every part in [0, 1]: those with a weight, and the three pairs that make up the correlation."""
@@ -205,11 +211,15 @@ class Reward:
             low, high = human.quantile(measure, 100 - guard.level), human.quantile(measure, guard.level)
             return clip(1 - max(1 - raw[measure] / low, raw[measure] / high - 1) / guard.slack)
 
+        def power(measure: str, guard: Power) -> float:
+            return clip(raw[measure] / human.quantile(measure, guard.level)) ** guard.power
+
         def floor(part: float, guard: Floor) -> float:
             return guard.keep + (1 - guard.keep) * clip(part / guard.at)
 
         return {
             "copied": below("copied", guards.copied),
+            "copied_short": below("copied_short", guards.copied_short),
             "think_copied": below("think_copied", guards.think_copied),
             "types": above("mattr", guards.types),
             "stop_words": below("stop_share", guards.stop_words) * above("stop_share", guards.stop_words),
@@ -221,6 +231,10 @@ class Reward:
             "dialogue": below("dialogue", guards.dialogue),
             "order": above("order", guards.order),
             "think_order": above("think_order", guards.think_order),
+            "belongs": power("belongs", guards.belongs),
+            "think_belongs": power("think_belongs", guards.think_belongs),
+            "answers_belong": power("answers_belong", guards.answers_belong),
+            "loops": clip(1 - (raw["repeated_4"] - human.repetition["4"]["p95"](raw["story_words"])) / guards.loops.slack),
             "think_length": ratio("think_words", guards.think_length),
             "ending": floor(raw["ended"], guards.ending),
             "on_plan": floor(parts["think_story"], guards.on_plan),
@@ -286,12 +300,15 @@ class Rescore(Workbench):
 class Audit(Workbench):
     """Held-out human rows against every family of the hack zoo (storygen/hacks.py)."""
 
+    samples: Path | None = None
+    """samples.jsonl of a run: the best well-formed sample of each of its prompts is held against every family too, as
+    what PPO would have to prefer the hack to."""
     json: bool = False
     """Print the JSON line only."""
     rows: int = 100
-    """At most so many held-out rows."""
+    """At most so many held-out rows, and so many samples."""
     seed: int = 0
-    """Draws the hacks."""
+    """Draws the hacks and the samples."""
 
 
 def target_of(args: Workbench, reward: Reward) -> float:
@@ -343,11 +360,12 @@ def explain(args: Explain) -> None:
 def rescore(args: Rescore) -> None:
     rows = read_rows(args.samples, {"reward": float, "raw": dict})
     reward = Reward(args.reward, Calibration.load(args.data / "calibration.json"))
-    needed = {name for key in reward.recall_keys() for name in (key, chance_key(key))}
+    needed = {name for key in reward.recall_keys() for name in (key, chance_key(key))} | set(HOME_MEASURES)
     missing = next((n for n, row in enumerate(rows, 1) if row["raw"] and not row["raw"].keys() >= needed), None)
     if missing:
         raise InputError(
-            f"{args.samples}: row {missing} was logged under another tf or idf_cap: `reward.py score` the file first"
+            f"{args.samples}: row {missing} was logged under another tf or idf_cap, or by an older version: encode it again "
+            "with `reward.py score`"
         )
     target = target_of(args, reward)
     scores = []
@@ -372,23 +390,48 @@ def audit(args: Audit) -> None:
     path = args.data / "sft.parquet"
     if not path.exists():
         raise InputError(f"{path} is missing: run data_prep.py first")
-    held = [row | {"finished": True} for row in pq.read_table(path).to_pylist() if row["split"] != "train"][: args.rows]
-    if len(held) < 2:
-        raise InputError(f"{path} holds {len(held)} validation and test rows; the audit needs 2 at least")
+    honest = {"human rows": [r | {"finished": True} for r in pq.read_table(path).to_pylist() if r["split"] != "train"]}
+    honest["human rows"] = honest["human rows"][: args.rows]
+    if args.samples:
+        honest["samples"] = best_of_prompts(read_rows(args.samples, {"reward": float}), args.rows, args.seed)
+    for kind, rows in honest.items():
+        if len(rows) < 2:
+            raise InputError(f"{args.samples if kind == 'samples' else path} holds {len(rows)} {kind}; the audit needs 2")
     reward = Reward.load(args.data, args.reward)
     target = target_of(args, reward)
-    honest = np.array([score.reward for score in reward([sample_of(row) for row in held], target)])
+    wins = {kind: wins_of(reward, kind, rows, target, args) for kind, rows in honest.items()}
+    families = wins["human rows"]
+    more = {"samples": wins["samples"]} if args.samples else {}
+    print(json.dumps({"families": families, "worst": max(families, key=families.__getitem__), **more}))
+
+
+def best_of_prompts(rows: list[dict[str, Any]], most: int, seed: int) -> list[dict[str, Any]]:
+    """The well-formed row of highest logged reward of each prompt of each step; at most `most` of them, drawn."""
+    best: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        key = (row.get("step"), row["prompt"])
+        if verdict_of(sample_of(row)) == "ok" and (key not in best or row["reward"] > best[key]["reward"]):
+            best[key] = row
+    return random.Random(seed).sample(list(best.values()), min(most, len(best)))
+
+
+def wins_of(reward: Reward, kind: str, rows: list[dict[str, Any]], target: float, args: Audit) -> dict[str, float]:
+    """{family: share of the rows whose hack scores more than the row itself}."""
+    from tqdm import tqdm
+
+    scores = np.array([score.reward for score in reward([sample_of(row) for row in rows], target)])
     if not args.json:
-        low, middle, high = np.percentile(honest, (5, 50, 95))
-        print(f"{len(held)} human rows: reward median {middle:.3f}, 5th to 95th percentile {low:.3f} to {high:.3f}")
+        low, middle, high = np.percentile(scores, (5, 50, 95))
+        print(f"{len(rows)} {kind}: reward median {middle:.3f}, 5th to 95th percentile {low:.3f} to {high:.3f}")
         print(f"{'hack':28} {'wins':>6} {'median':>8} {'highest':>8}   (upper bounds where the bound already loses)")
     wins = {}
-    for family in FAMILIES:
-        tricks = ceilings(reward, [sample_of(hack(family, held, i, args.seed)) for i in range(len(held))], honest, target)
-        wins[family] = float((tricks >= honest).mean())
+    for family in tqdm(FAMILIES, desc=f"auditing {kind}", unit="family", disable=None, leave=False):
+        hacks = [sample_of(hack(family, rows, i, args.seed)) for i in range(len(rows))]
+        tricks = ceilings(reward, hacks, scores, target)
+        wins[family] = float((tricks > scores + 1e-9).mean())
         if not args.json:
-            print(f"{family:28} {wins[family]:6.1%} {np.median(tricks):8.3f} {tricks.max():8.3f}")
-    print(json.dumps({"families": wins, "worst": max(wins, key=wins.__getitem__)}))
+            tqdm.write(f"{family:28} {wins[family]:6.1%} {np.median(tricks):8.3f} {tricks.max():8.3f}")
+    return wins
 
 
 def ceilings(reward: Reward, samples: list[Sample], rivals: np.ndarray, target: float) -> np.ndarray:
@@ -397,6 +440,7 @@ def ceilings(reward: Reward, samples: list[Sample], rivals: np.ndarray, target: 
     Most hacks lose by what counting words shows, and encoding is nearly all of the cost.
     """
     perfect = {name: bound for key in reward.recall_keys() for name, bound in ((key, 1.0), (chance_key(key), 0.0))}
+    perfect |= dict.fromkeys(HOME_MEASURES, np.inf)
     verdicts = [verdict_of(sample) for sample in samples]
     best = [
         reward.combine(reward.measure_text(sample) | perfect if verdict == "ok" else {}, verdict, target).reward

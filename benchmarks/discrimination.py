@@ -4,8 +4,9 @@
 
 easy    share of mismatched pairs that score below the true one: the same candidate with another row's reference (`ref`),
         the same reference with another row's candidate (`cand`)
-hard    share of rows whose true outline scores above the same outline with one sentence of another row's (`sentence`), two
-        names or key nouns swapped with each other (`swapped`), two replaced by another row's (`replaced`)
+hard    share of rows whose true outline scores above the same outline with one sentence of another row's (`sentence`), its
+        first two names (`names`) or its two heaviest nouns (`nouns`) swapped with each other, those nouns replaced by another
+        row's (`replaced`); rows without two of a kind are left out. Last, the same by the whole reward, at the default layer
 length  Spearman's correlation of mismatched scores with the candidate's length in words: plain recall, recall over b(n) of
         human text of that length, and recall over the candidate's own chance level, which the reward uses
 cost    seconds to encode all texts, relative to the last layer
@@ -14,7 +15,9 @@ cost    seconds to encode all texts, relative to the last layer
 import json
 import random
 import re
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +26,8 @@ import pyarrow.parquet as pq
 import tyro
 from scipy.stats import spearmanr
 
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root's reward.py, not a neighbour of that name
+from reward import Reward, Sample
 from storygen.bertscore import Embedded, Panel, best_match, load_encoder, token_weights, weighted
 from storygen.calibration import CAP, PAIRS, PANEL, TF
 from storygen.idf import Idf
@@ -44,28 +49,51 @@ class Args:
     """48 rows, layers 3 and 6."""
 
 
-def key_words(outline: str) -> list[str]:
-    """Names, and words that carry content, each once, the rarer kind (capitalised within a sentence) first."""
-    found = dict.fromkeys(re.findall(r"(?<![.!?] )(?<!^)\b[A-Z][a-z]+\b", outline))
-    nouns = [w for w in re.findall(r"\b[a-z]{4,}\b", outline) if w not in STOP_WORDS]
-    return [*found, *dict.fromkeys(nouns)]
+NOUN = re.compile(r"\b(?:the|a|an|his|her|their|its|my|your|our)\s+(?:[a-z]+\s+)??([a-z]{3,})\b")
+HARD = ("sentence", "names", "nouns", "replaced")
+
+
+def names_of(outline: str) -> list[str]:
+    """Words with a capital letter within a sentence, each once."""
+    return list(dict.fromkeys(re.findall(r"(?<![.!?] )(?<!^)\b[A-Z][a-z]+\b", outline)))
+
+
+def nouns_of(outline: str, weight: Callable[[str], float]) -> list[str]:
+    """Words after an article or possessive, perhaps with an adjective between, the heaviest first."""
+    found = dict.fromkeys(word for word in NOUN.findall(outline) if word not in STOP_WORDS)
+    return sorted(found, key=weight, reverse=True)
 
 
 def replace_words(text: str, mapping: dict[str, str]) -> str:
     return re.sub(r"\b(" + "|".join(map(re.escape, mapping)) + r")\b", lambda m: mapping[m[0]], text)
 
 
-def altered(rows: list[dict], i: int, kind: str, rng: random.Random) -> str:
-    """Row i's outline with a fault that a careful reader would see."""
+def altered(rows: list[dict], i: int, kind: str, weight: Callable[[str], float], rng: random.Random) -> str | None:
+    """Row i's outline with a fault that a careful reader would see; None where it has no two words of the kind."""
     outline, other = rows[i]["think"], rows[(i + 1 + rng.randrange(len(rows) - 1)) % len(rows)]["think"]
     if kind == "sentence":
         mine, theirs = SENTENCE.findall(outline), SENTENCE.findall(other)
         mine[rng.randrange(len(mine))] = rng.choice(theirs)
         return "".join(mine)
-    mine, theirs = key_words(outline), [w for w in key_words(other) if w not in outline]
-    names = [w for w in mine if w[0].isupper()]
-    a, b = names[:2] if len(names) > 1 else rng.sample([w for w in mine if w[0].islower()], 2)
-    return replace_words(outline, {a: b, b: a} if kind == "swapped" else dict(zip((a, b), rng.sample(theirs, 2))))
+    mine = names_of(outline) if kind == "names" else nouns_of(outline, weight)
+    theirs = [w for w in nouns_of(other, weight) if w not in outline] if kind == "replaced" else mine[1::-1]
+    return replace_words(outline, dict(zip(mine[:2], theirs[:2]))) if min(len(mine), len(theirs)) > 1 else None
+
+
+def by_whole_reward(data: Path, rows: list[dict], hard: dict[str, list[str | None]]) -> dict[str, float]:
+    """Share of rows whose true outline earns more than the faulty one, each at its own length as the target."""
+    reward = Reward.load(data)
+
+    def scores(outlines: list[str]) -> list[float]:
+        samples = [Sample(row["prompt"], think, row["story"], True) for row, think in zip(rows, outlines)]
+        return [reward.combine(raw, "ok", raw["story_words"]).reward for raw in reward.measure(samples)]
+
+    true = scores([row["think"] for row in rows])
+    found = {}
+    for kind, outlines in hard.items():
+        faulty = scores([outline or row["think"] for outline, row in zip(outlines, rows)])
+        found[kind] = float(np.mean([b < a for a, b, outline in zip(true, faulty, outlines) if outline]))
+    return found
 
 
 def scores_of(x: list[Embedded], y: list[Embedded], table: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
@@ -97,7 +125,13 @@ def main(args: Args) -> None:
     train = [row for row in sft if row["split"] == "train"]
     rows = [row for row in sft if row["split"] != "train"][: 48 if args.quick else args.rows]
     panel = rng.sample(train, PANEL)
-    hard = {kind: [altered(rows, i, kind, rng) for i in range(len(rows))] for kind in ("sentence", "swapped", "replaced")}
+    encoder = load_encoder()
+    table = Idf.load(args.data / "idf.npz", encoder.tokenizer).weights
+
+    def weight(word: str) -> float:
+        return max(table[encoder.backend.encode(word, add_special_tokens=False).ids])
+
+    hard = {kind: [altered(rows, i, kind, weight, rng) for i in range(len(rows))] for kind in HARD}
     texts = [row[field] for row in rows for field in ("prompt", "think", "story")]
     figures, costs = [], {}
     for layer in (3, 6) if args.quick else args.layers:
@@ -126,19 +160,24 @@ def main(args: Args) -> None:
                     row["length_over_chance"] = float(spearmanr(over[off], lengths).statistic)
                     if pair == "think_story":
                         for name, outlines in hard.items():
-                            faulty = encoder.embed(outlines)
+                            faulty = encoder.embed([outline or "" for outline in outlines])
                             lower = [
                                 weighted(best_match(x, y), token_weights(x.ids, table, tf)) < scores[i, i]
                                 for i, (x, y) in enumerate(zip(faulty, mine["story"]))
+                                if outlines[i]
                             ]
                             row[name] = float(np.mean(lower))
                 figures.append(row)
     show(figures, costs)
-    print(json.dumps({"bench": "discrimination", "rows": len(rows), "seconds": costs, "figures": figures}))
+    whole = by_whole_reward(args.data, rows, hard)
+    counts = {kind: sum(map(bool, outlines)) for kind, outlines in hard.items()}
+    print("the whole reward, rows:  " + "  ".join(f"{kind} {whole[kind]:.3f} of {counts[kind]}" for kind in HARD))
+    print(json.dumps({"bench": "discrimination", "rows": len(rows), "seconds": costs, "hard_rows": counts,
+                      "whole_reward": whole, "figures": figures}))  # fmt: skip
 
 
 def show(figures: list[dict], costs: dict[int, float]) -> None:
-    keys = ("ref", "cand", "cand_over_chance", "length", "length_over_chance", "sentence", "swapped", "replaced")
+    keys = ("ref", "cand", "cand_over_chance", "length", "length_over_chance", *HARD)
     print("layer  cost  pair          tf         score  " + "  ".join(f"{key:>18}" for key in keys))
     for row in figures:
         cells = "  ".join(f"{row[key]:18.4f}" if key in row else " " * 18 for key in keys)

@@ -22,7 +22,9 @@ from rew_config import GUARDS, Correlation, RewardConfig
 from reward import Reward, Sample
 from storygen.cleaning import clean_prompt, clean_story
 
-WITHOUT_OUTLINE = [name for name in GUARDS if not name.startswith("think") and name not in ("on_plan", "throughout")]
+WITHOUT_OUTLINE = [
+    name for name in GUARDS if not name.startswith("think") and name not in ("on_plan", "throughout", "answers_belong")
+]
 BATCH = 32
 
 

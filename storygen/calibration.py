@@ -12,6 +12,7 @@ from storygen import textstats as ts
 from storygen.bertscore import Embedded, Encoder, Panel, best_match, token_weights, weighted
 from storygen.cli import InputError, write_atomically
 from storygen.idf import Idf
+from storygen.replaced import Probe, answering, fit_probe
 
 PAIRS = ("think_story", "prompt_think", "prompt_story")
 TF = ("raw", "sublinear", "binary")
@@ -20,6 +21,8 @@ LEVELS = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100)
 MAX_ROWS = 200
 PANEL = 32
 MAX_STORIES = 4000
+PROBE_TEXTS = 800
+HOME_MEASURES = ("belongs", "think_belongs", "answers_belong")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def text_measures(prompt: str, think: str, story: str) -> dict[str, float]:
         "think_words": float(len(t)),
         "dialogue": ts.dialogue_share(story),
         "copied": ts.copied_share(s, (p, t)),
+        "copied_short": ts.copied_share(s, (t,), 3),
         "think_copied": ts.copied_share(t, (p,)),
         "mattr": ts.mattr(s),
         "think_mattr": ts.mattr(t),
@@ -68,6 +72,21 @@ def text_measures(prompt: str, think: str, story: str) -> dict[str, float]:
     }
 
 
+def home_measures(probe: Probe, encoder: Encoder, table: np.ndarray, think: Embedded, story: Embedded) -> dict[str, float]:
+    """How far the words of a row belong where they stand, by `Probe.home`. table: token weights (vocab,).
+
+    belongs, think_belongs: of the story and of the outline. answers_belong: of the story's words that answer the outline, as a
+    ratio to the story's own figure, so that a loose writer is not taken for one who throws in what the plan names.
+    """
+    story_home = probe.home(story, encoder, table[story.ids])
+    answers = probe.home(story, encoder, answering(think, story, token_weights(think.ids, table)))
+    return {
+        "belongs": story_home,
+        "think_belongs": probe.home(think, encoder, table[think.ids]),
+        "answers_belong": answers / story_home if story_home > 0 else 0.0,
+    }
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Human figures. Made by `calibrate`, kept as `calibration.json` in the data folder.
@@ -75,12 +94,13 @@ class Calibration:
     n: rows and stories measured, and rows whose texts were encoded for the correlation curves. seed: drew those rows and
     the mismatched pairs. encoder: {"name", "layer", "sha256"} of the encoder that the curves belong to.
     repetition: {"2"|"4": {"mean"|"p95": Curve}}, share of repeated word n-grams by story length.
-    quantiles: {measure: values at LEVELS percent}, the measures of `text_measures` and `order`, `think_order`.
+    quantiles: {measure: values at LEVELS percent}, the measures of `text_measures` and `home_measures`, `order` and `think_order`.
     shuffled: {"order"|"think_order": mean score of the same texts with their words shuffled}, nats per pair.
     chance, human: {recall_key: Curve}, recall of mismatched and of true pairs by candidate length; the distance between
     them is what a recall over its own chance level is measured against.
     panel: {"prompt"|"think": PANEL texts of other rows}, of which each candidate's own chance level is measured.
     pairs: counts of `WordOrder`.
+    probe: which tokens belong where they stand; the quantiles of `home_measures` are its figures.
     """
 
     n: dict[str, int]
@@ -93,6 +113,7 @@ class Calibration:
     human: dict[str, Curve]
     panel: dict[str, list[str]]
     pairs: dict[str, int]
+    probe: Probe
 
     def quantile(self, measure: str, level: float) -> float:
         """The human value of a measure at a percentile, linear between LEVELS."""
@@ -108,7 +129,7 @@ class Calibration:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
             curves = {key: {name: Curve(**curve) for name, curve in fields[key].items()} for key in ("chance", "human")}
             repetition = {n: {k: Curve(**curve) for k, curve in both.items()} for n, both in fields["repetition"].items()}
-            return Calibration(**{**fields, **curves, "repetition": repetition})
+            return Calibration(**{**fields, **curves, "repetition": repetition, "probe": Probe(**fields["probe"])})
         except FileNotFoundError:
             raise InputError(f"{path} is missing: run data_prep.py first") from None
         except (ValueError, TypeError, KeyError, AttributeError):
@@ -140,7 +161,13 @@ def calibrate(
     order, thinks = ts.WordOrder.count([*texts, *(row["think"] for row in rows)]), [row["think"] for row in rows]
     values["order"], values["think_order"] = crossed_order(texts, thinks), crossed_order(thinks, texts)
     panel = rows[-PANEL:]
-    chance, human = correlation_curves(paired, panel, encoder, idf, rng)
+    tables = {True: idf.capped(CAP), False: idf.weights}
+    unseen = (rows[MAX_ROWS:] or rows)[: PROBE_TEXTS // 2]
+    probe = fit_probe([row[field] for row in unseen for field in ("think", "story")], encoder, tables[True], seed)
+    coded = {field: encoder.embed([row[field] for row in paired]) for field in ("prompt", "think", "story")}
+    homes = [home_measures(probe, encoder, tables[True], x, y) for x, y in zip(coded["think"], coded["story"], strict=True)]
+    values |= {key: [home[key] for home in homes] for key in homes[0]}
+    chance, human = correlation_curves(paired, coded, panel, encoder, tables, rng)
     return Calibration(
         n={"rows": len(rows), "stories": len(texts), "encoded": len(paired)},
         seed=seed,
@@ -155,6 +182,7 @@ def calibrate(
         human=human,
         panel={field: [row[field] for row in panel] for field in ("prompt", "think")},
         pairs=order.pairs,
+        probe=probe,
     )
 
 
@@ -202,23 +230,25 @@ def repetition_curves(texts: list[list[str]], n: int) -> dict[str, Curve]:
 
 
 def correlation_curves(
-    rows: list[dict[str, str]], panel: list[dict[str, str]], encoder: Encoder, idf: Idf, rng: random.Random
+    rows: list[dict[str, str]],
+    coded: dict[str, list[Embedded]],
+    panel: list[dict[str, str]],
+    encoder: Encoder,
+    tables: dict[bool, np.ndarray],
+    rng: random.Random,
 ) -> tuple[dict[str, Curve], dict[str, Curve]]:
     """Chance level b(n) and human level h(n) of each pair's recall by candidate length n in words.
 
     b: the reference of one row against texts of other rows, cut or joined to n words. h = b + g, where g is the human gain
     of true pairs over the panel's chance level, fitted as a line in ln n and held outside the 5th to 95th percentile of
     human lengths: what a length that no human wrote should earn is not known, so as much as the nearest human one.
+    coded: {field: texts of `rows`}. tables: {capped: (vocab,)}.
     """
-    fields = ("prompt", "think", "story")
-    coded = encoder.embed([row[field] for row in rows for field in fields])
-    embedded = {field: coded[i :: len(fields)] for i, field in enumerate(fields)}
-    tables = {True: idf.capped(CAP), False: idf.weights}
     others_text = {field: encoder.embed([row[field] for row in panel]) for field in ("prompt", "think")}
     chance, human = {}, {}
     for pair in PAIRS:
         reference, candidate = pair.split("_")
-        x, y = embedded[reference], embedded[candidate]
+        x, y = coded[reference], coded[candidate]
         lengths = [len(ts.words(row[candidate])) for row in rows]
         tokens_per_word = sum(len(e.ids) for e in y) / max(1, sum(lengths))
         grid = np.unique(np.geomspace(5, 4 * max(lengths), 16).round().astype(int))

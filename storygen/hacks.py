@@ -175,6 +175,121 @@ def truncated(row: Row, other: Row, rng: random.Random) -> Row:
     return row | {"story": " ".join(row["story"].split()[: max(1, size(row) // 3)])}
 
 
+def strewn_outline_words(row: Row, other: Row, rng: random.Random) -> Row:
+    """A word of the outline thrown in for every ten words of the story."""
+    text, pool = row["story"].split(" "), content(row["think"]) or ["it"]
+    for _ in range(max(2, size(row) // 10)):
+        text.insert(rng.randrange(len(text) + 1), rng.choice(pool))
+    return row | {"story": " ".join(text)}
+
+
+def strewn_outline_runs(row: Row, other: Row, rng: random.Random) -> Row:
+    """Runs of three outline words thrown in, one for every twenty words: too short for a copied 4-gram."""
+    text, plan = row["story"].split(" "), row["think"].split()
+    for _ in range(max(2, size(row) // 20)):
+        start = rng.randrange(max(1, len(plan) - 2))
+        text.insert(rng.randrange(len(text) + 1), " ".join(plan[start : start + 3]))
+    return row | {"story": " ".join(text)}
+
+
+def outline_with_fillers(row: Row, other: Row, rng: random.Random) -> Row:
+    """The outline with a word after every third, so that no 4-gram is copied, then another story."""
+    plan = [word + (" really" if i % 3 == 2 else "") for i, word in enumerate(row["think"].split())]
+    return row | {"story": f"{' '.join(plan)} {other['story']}"}
+
+
+def outline_sentences_strewn(row: Row, other: Row, rng: random.Random) -> Row:
+    """Another story with the outline's sentences between its own."""
+    lines = sentences(other["story"])
+    for line in sentences(row["think"]):
+        lines.insert(rng.randrange(len(lines) + 1), line)
+    return row | {"story": " ".join(lines)}
+
+
+def outline_after_story(row: Row, other: Row, rng: random.Random) -> Row:
+    return row | {"story": f"{row['story']} {row['think']}"}
+
+
+def invisible_copy(row: Row, other: Row, rng: random.Random) -> Row:
+    """The outline with an invisible space in every word, which encoders drop and word counts see."""
+    copied = " ".join(word[:1] + "\u200b" + word[1:] for word in row["think"].split())
+    return row | {"story": f"{copied} {other['story']}"}
+
+
+def accented_copy(row: Row, other: Row, rng: random.Random) -> Row:
+    """The outline with an accent in every word, which an uncased encoder drops."""
+    copied = " ".join(re.sub("[aeiou]", lambda m: m[0] + "\u0301", word, count=1) for word in row["think"].split())
+    return row | {"story": f"{copied} {other['story']}"}
+
+
+def hyphenated_copy(row: Row, other: Row, rng: random.Random) -> Row:
+    """The outline with hyphens for spaces: few words to count, the same pieces to the encoder."""
+    return row | {"story": f"{'-'.join(row['think'].split())} {other['story']}"}
+
+
+def story_twice(row: Row, other: Row, rng: random.Random) -> Row:
+    return row | {"story": f"{row['story']}\n{row['story']}"}
+
+
+def sentences_doubled(row: Row, other: Row, rng: random.Random) -> Row:
+    return row | {"story": " ".join(f"{line} {line}" for line in sentences(row["story"]))}
+
+
+def third_then_other(row: Row, other: Row, rng: random.Random) -> Row:
+    """A third of the story, then another one: padding that is good English."""
+    return row | {"story": f"{' '.join(row['story'].split()[: max(1, size(row) // 3)])}. {other['story']}"}
+
+
+def third_then_stock(row: Row, other: Row, rng: random.Random) -> Row:
+    """A third of the story, then stock sentences that would fit any."""
+    lines = rng.sample(STOCK, len(STOCK))
+    return row | {
+        "story": f"{' '.join(row['story'].split()[: max(1, size(row) // 3)])}. " + fill(lines, 2 * size(row) // 3) + "."
+    }
+
+
+def truncated_and_closed(row: Row, other: Row, rng: random.Random) -> Row:
+    return row | {"story": " ".join(row["story"].split()[: max(1, size(row) // 3)]) + "."}
+
+
+def prompt_between_sentences(row: Row, other: Row, rng: random.Random) -> Row:
+    lines = sentences(row["story"])
+    for _ in range(3):
+        lines.insert(rng.randrange(len(lines) + 1), row["prompt"])
+    return row | {"story": " ".join(lines)}
+
+
+def opening_as_outline(row: Row, other: Row, rng: random.Random) -> Row:
+    return row | {"think": " ".join(row["story"].split()[: len(row["think"].split())])}
+
+
+def story_words_in_outline(row: Row, other: Row, rng: random.Random) -> Row:
+    """A plan that names what the story says anyway: half of its words are the story's, thrown in."""
+    plan, pool = row["think"].split(" "), content(row["story"]) or ["it"]
+    for _ in range(len(plan) // 2):
+        plan.insert(rng.randrange(len(plan) + 1), rng.choice(pool))
+    return row | {"think": " ".join(plan)}
+
+
+def other_story_recast(row: Row, other: Row, rng: random.Random) -> Row:
+    """Another story in which every fourth content word is one of this outline's."""
+    pool = content(row["think"]) or ["it"]
+
+    def recast(found: re.Match) -> str:
+        return rng.choice(pool) if found[0].lower() not in STOP_WORDS and rng.random() < 0.25 else found[0]
+
+    return row | {"story": re.sub(r"[A-Za-z]+", recast, other["story"])}
+
+
+STOCK = (
+    "Nobody said anything for a while.", "The morning was cold and grey.", "There was nothing else to be done.",
+    "She looked out of the window and waited.", "He did not know what to say to that.", "It had been a long day.",
+    "They walked on without a word.", "Somewhere a door opened and closed again.", "The light was already going.",
+    "It was not what anyone had expected.", "He thought about it all the way home.", "The old clock struck the hour.",
+    "She smiled, but she did not answer.", "For the first time in years he felt at ease.", "Then the rain began.",
+    "In the end it hardly mattered.", "The others had gone to bed.", "He put on his coat and left the house.",
+)  # fmt: skip
+
 FAMILIES: dict[str, Hack] = {
     hack.__name__: hack
     for hack in (
@@ -182,7 +297,10 @@ FAMILIES: dict[str, Hack] = {
         story_as_outline, prompt_as_outline, prompt_eight_times, keyword_salad, salad_with_stop_words,
         outline_words_then_other, keyword_outline, repeated_sentence, repeated_opening, varied_loop, rare_gibberish,
         all_dialogue, script, stop_word_filler, two_story_tags, no_eos, empty_think, empty_story, generic_outline,
-        one_word_outline, other_story, other_outline_and_story, truncated,
+        one_word_outline, other_story, other_outline_and_story, truncated, strewn_outline_words, strewn_outline_runs,
+        outline_with_fillers, outline_sentences_strewn, outline_after_story, invisible_copy, accented_copy, hyphenated_copy,
+        story_twice, sentences_doubled, third_then_other, third_then_stock, truncated_and_closed, prompt_between_sentences,
+        opening_as_outline, story_words_in_outline, other_story_recast,
     )
 }  # fmt: skip
 

@@ -1,17 +1,22 @@
 """What can be said of a text by counting its words: the measures that calibration and reward share.
 
-A word is a run of letters and digits, with apostrophes and hyphens inside it, in lower case. A share is a number in [0, 1].
+A word is a run of letters and digits, with apostrophes inside it, in lower case and without accents. What an uncased encoder
+does not see (accents, invisible characters) or reads through (hyphens) must not hide a word here either. A share is a number
+in [0, 1].
 """
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
-TOKEN = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*|[.!?…]+|[,;:–—]")
+WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+TOKEN = re.compile(WORD.pattern + r"|[.!?…]+|[,;:–—]")
+# Combining accents, and characters that take no room: soft hyphen, zero-width spaces and joiners, marks of direction.
+UNSEEN = re.compile("[\u0300-\u036f\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
 # Speech: double quotes to their partner or the line's end (a paragraph is a line here); single ones only where closed
 # after punctuation, because an apostrophe is the same character.
 SPEECH = re.compile(r'“[^”\n]*|«[^»\n]*|"[^"\n]*"?|(?<!\w)[\'‘](?=\w)[^\n]*?[.,!?…—-][\'’](?!\w)')
@@ -40,9 +45,16 @@ FUNCTION_WORDS = """
 STOP_WORDS = frozenset(FUNCTION_WORDS.split())
 
 
+def seen(text: str) -> str:
+    """A text in lower case without accents and invisible characters, curly apostrophes made straight."""
+    if not text.isascii():
+        text = UNSEEN.sub("", unicodedata.normalize("NFD", text)).replace("’", "'")
+    return text.lower()
+
+
 def words(text: str) -> list[str]:
-    """The words of a text, lower case, curly apostrophes made straight."""
-    return [word.replace("’", "'") for word in WORD.findall(text.lower())]
+    """The words of a text as `seen`."""
+    return WORD.findall(seen(text))
 
 
 def ngrams(text: Sequence[str], n: int) -> list[tuple[str, ...]]:
@@ -122,7 +134,7 @@ def is_ended(text: str) -> bool:
 
 def skeleton(text: str) -> list[str]:
     """A text with only its grammar left: function words and punctuation as they are, every other word as its ending."""
-    return ["."] + [shape(token.replace("’", "'")) for token in TOKEN.findall(text.lower())]
+    return ["."] + [shape(token) for token in TOKEN.findall(seen(text))]
 
 
 def shape(token: str) -> str:

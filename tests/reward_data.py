@@ -6,17 +6,19 @@ import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storygen import calibration
 from storygen.bertscore import load_encoder
-from storygen.calibration import calibrate
 from storygen.corpus import split_of
 from storygen.idf import build_idf
 
 CORPUS = Path(__file__).parents[1] / "corpus/stories.jsonl"
 PAIRED = 60
+PROBED = 240
 
 
 @cache
@@ -35,15 +37,16 @@ def held_out(n: int) -> list[dict]:
 
 @cache
 def data_folder() -> Path:
-    """Correlation curves of PAIRED rows, to be quick; everything else from the whole training split."""
+    """Correlation curves of PAIRED rows and a probe of PROBED, to be quick; the rest from the whole training split."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
     train = [row for row in corpus_rows() if row["split"] == "train"]
     encoder = load_encoder()
     idf = build_idf(encoder.tokenizer, (row[key] for row in train for key in ("think", "story")))
     idf.save(folder / "idf.npz")
-    stories = [row["story"] for row in train[PAIRED:]]
-    calibrate(train[:PAIRED], encoder, idf, 0, stories).save(folder / "calibration.json")
+    stories = [row["story"] for row in train[PAIRED + PROBED :]]
+    with patch.object(calibration, "MAX_ROWS", PAIRED):
+        calibration.calibrate(train[: PAIRED + PROBED], encoder, idf, 0, stories).save(folder / "calibration.json")
     named = {"name": encoder.name, "layer": encoder.layer, "sha256": encoder.sha256}
     (folder / "manifest.json").write_text(json.dumps({"preset": "demo", "encoder": named}))
     pq.write_table(pa.Table.from_pylist(corpus_rows()), folder / "sft.parquet")

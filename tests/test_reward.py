@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 import rew_config
-from rew_config import GUARDS, PARTS, Correlation, Guard, Guards, Length, OwnPart, Prose, Repetition, RewardConfig
+from rew_config import GUARDS, PARTS, Correlation, Guard, Guards, Length, OwnPart, Power, Prose, Repetition, RewardConfig
 from reward import Reward, Sample
 from storygen.bertscore import recall
 from storygen.calibration import CAP, Calibration
@@ -37,7 +37,7 @@ def test_formula_by_hand(reward, raw):
     for pair, n in (("think_story", "story"), ("prompt_think", "think"), ("prompt_story", "story")):
         low, high = (curve[f"{pair}:sublinear"](raw[f"{n}_words"]) for curve in (human.chance, human.human))
         gain = raw[f"{pair}:sublinear"] - raw[f"{pair}:sublinear:chance"]
-        parts[pair] = min(1, max(0, gain / (high - low)))
+        parts[pair] = min(1, max(0, gain / (0.8 * (high - low))))
     correlation = 0.5 * parts["think_story"] + 0.25 * parts["prompt_think"] + 0.25 * parts["prompt_story"]
     length = min(1, raw["story_words"] / 300)
     excess = raw["repeated_2"] - human.repetition["2"]["p95"](raw["story_words"])
@@ -88,7 +88,8 @@ def test_malformed(reward):
 
 def test_human_rows_score_high_and_alone_as_together(reward):
     together = reward([Sample(**row) for row in ROWS], reward.calibration.quantile("story_words", 50))
-    assert sorted(s.reward for s in together)[len(ROWS) // 2] >= 0.8
+    own_length = [reward.combine(s.raw, "ok", s.raw["story_words"]).reward for s in together]
+    assert sorted(own_length)[len(ROWS) // 2] >= 0.8
     alone = reward([Sample(**ROWS[3])], reward.calibration.quantile("story_words", 50))[0]
     assert alone.reward == pytest.approx(together[3].reward, abs=1e-5)
     assert all(0 <= v <= 1 for s in together for v in (*s.parts.values(), *s.guards.values()))
@@ -105,6 +106,11 @@ def test_human_rows_score_high_and_alone_as_together(reward):
         ("mattr", (0.2, 0.6, 0.7, 0.9), "more"),
         ("order", (-1.0, 0.0, 0.3, 0.6), "more"),
         ("densest", (0.1, 0.3, 0.5, 0.9), "less"),
+        ("copied_short", (0.0, 0.03, 0.05, 0.2), "less"),
+        ("repeated_4", (0.0, 0.05, 0.1, 0.5), "less"),
+        ("belongs", (0.1, 0.4, 0.6, 0.7), "more"),
+        ("think_belongs", (0.1, 0.4, 0.6, 0.7), "more"),
+        ("answers_belong", (0.1, 0.4, 0.6, 0.8), "more"),
         ("room", (0.0, 10.0, 64.0, 500.0), "more"),
     ],
 )
@@ -148,6 +154,8 @@ def test_weights_are_scaled_and_a_part_without_weight_is_a_monitor(reward, raw):
         (lambda: Correlation(tf="log"), r"correlation\.tf"),
         (lambda: Correlation(think_story=0, prompt_think=0, prompt_story=0), "all 0"),
         (lambda: Guard(level=20), "level"),
+        (lambda: Power(power=0), "power"),
+        (lambda: Correlation(full_at=0), r"correlation\.full_at"),
         (lambda: RewardConfig(malformed_score=1), "malformed_score"),
         (lambda: RewardConfig(Correlation(0), Length(0), Repetition(0, 1), Repetition(0, 1), Prose(0)), "all weights are 0"),
     ],
@@ -278,7 +286,7 @@ def test_rescore(script, tmp_path, reward):
     assert "1 of 1 pairs" in changed.stdout
     other = script(*base, "--reward.correlation.tf", "raw")
     assert other.returncode == 2
-    assert "logged under another tf" in other.stderr
+    assert "logged under another tf" in other.stderr and other.stderr.count("\n") == 1
 
 
 def test_bad_knob_on_the_command_line(script):

@@ -16,9 +16,16 @@ WORDS = st.lists(st.sampled_from(["a", "b", "c", "d", "the", "of"]), max_size=60
 
 def test_words():
     assert ts.words("It’s a well-known FACT — 3 cats’ tails, _really_!") == [
-        "it's", "a", "well-known", "fact", "3", "cats", "tails", "really",
+        "it's", "a", "well", "known", "fact", "3", "cats", "tails", "really",
     ]  # fmt: skip
     assert ts.words(" … —") == []
+
+
+@pytest.mark.parametrize(
+    "hidden", ["o\u200bld k\u00ading", "óld kîng", "old-king", "o\u0301ld\u2060 king", "OLD\ufeff  KING"]
+)
+def test_what_an_encoder_reads_through_hides_no_word(hidden):
+    assert ts.words(hidden) == ["old", "king"]
 
 
 def test_repeated_share():
