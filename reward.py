@@ -29,7 +29,7 @@ from storygen.explain import write_page
 from storygen.hacks import FAMILIES, hack
 from storygen.idf import Idf
 from storygen.pattern import text_verdict
-from storygen.workbench import answered, answers, flipped, measures, rank_correlation, read_rows
+from storygen.workbench import answered, answers, flipped, measures, misplaced, rank_correlation, read_rows
 
 # Samples whose token vectors are held in memory at once: an RL batch, and 0.5 GB of vectors in a large file of long stories.
 CHUNK = 256
@@ -350,8 +350,12 @@ def explain(args: Explain) -> None:
             table.add_row(name + (" *" if name in off else ""), f"{value:.3f}", "")
         console.print(table, measures(reward.calibration, score.raw), answers(found))
     if args.html:
+        odd = {
+            field: misplaced(reward.encoder, reward.calibration.probe, getattr(sample, field))
+            for field in ("think", "story")
+        }
         write_page(
-            args.html, sample, score, found, weights=reward.weights, switched_off=off, recall_keys=reward.recall_keys(),
+            args.html, sample, score, found, misplaced=odd, weights=reward.weights, switched_off=off, recall_keys=reward.recall_keys(),
             calibration=reward.calibration,
         )  # fmt: skip
         print(f"wrote {args.html}")

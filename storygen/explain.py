@@ -17,12 +17,14 @@ def write_page(
     score: Any,
     answers: list[Answer],
     *,
+    misplaced: dict[str, dict[int, tuple[str, float]]],
     weights: dict[str, float],
     switched_off: set[str],
     recall_keys: list[str],
     calibration: Calibration,
 ) -> None:
     """sample, score: a row as the reward takes it and what it gave. recall_keys: names in `score.raw` of the three pairs.
+    misplaced: {"think"|"story": `workbench.misplaced`}.
 
     A malformed row has its texts and the verdict only: nothing else of it is measured.
     """
@@ -38,23 +40,26 @@ def write_page(
             for name, facts in ranges.items()
         ],
         "guards": [(n + (" (off)" if n in switched_off else ""), v) for n, v in score.guards.items() if v < 1],
-        "think": _runs(sample.think.strip(), [(a.start, a.word, a) for a in answers]),
+        "think": _runs(sample.think.strip(), [(a.start, a.word, a) for a in answers], misplaced["think"]),
         "story": _runs(
             sample.story.strip(),
             [(a.story_start, a.story_word, None) for a in answers if a.story_start is not None],
+            misplaced["story"],
         ),
     }  # fmt: skip
     template = (files("storygen") / "explain.html").read_text("utf-8")
     write_atomically(out, Environment(autoescape=True).from_string(template).render(page))
 
 
-def _runs(text: str, marked: list[tuple[int, str, Answer | None]]) -> list[dict]:
-    """The text cut at the marked words: `word` is the start of a marked one, None between them."""
+def _runs(text: str, marked: list[tuple[int, str, Answer | None]], odd: dict[int, tuple[str, float]]) -> list[dict]:
+    """The text cut at the marked words. word: the start of one that asks or answers; odd: how far a word belongs, if hardly."""
     runs, at = [], 0
     heaviest = max((a.weight for _, _, a in marked if a), default=1.0)
-    for start, word, answer in sorted({m[0]: m for m in marked}.values(), key=lambda m: m[0]):
+    places = {start: (word, None, None) for start, (word, _) in odd.items()}
+    places |= {start: (word, start, answer) for start, word, answer in marked}
+    for start, (word, link, answer) in sorted(places.items()):
         runs.append({"text": text[at:start], "word": None})
-        run = {"text": word, "word": start}
+        run = {"text": word, "word": link, "odd": odd[start][1] if start in odd else None}
         if answer:
             run |= {
                 "story": -1 if answer.story_start is None else answer.story_start,

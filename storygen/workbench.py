@@ -13,6 +13,7 @@ from storygen import textstats as ts
 from storygen.bertscore import Encoder, Tf, token_weights, weighted
 from storygen.calibration import Calibration, chance_key
 from storygen.cli import InputError
+from storygen.replaced import Probe
 
 
 def read_rows(path: Path, extra: dict[str, type] | None = None) -> list[dict[str, Any]]:
@@ -42,6 +43,8 @@ def read_rows(path: Path, extra: dict[str, type] | None = None) -> list[dict[str
     return rows
 
 
+# About one word in 20 of human text is under it.
+MISPLACED = 0.2
 KINDS = {str: "string", bool: "boolean", float: "number", dict: "JSON object"}
 
 
@@ -75,6 +78,16 @@ def answered(encoder: Encoder, think: str, story: str, table: np.ndarray, tf: Tf
             answer = answers[int(near.indices[best])] or (None, "(start or end)")
             similarity = weighted(near.values.double().cpu().numpy()[mine], weights[mine])
             yield Answer(*word, *answer, similarity, float(weights[mine].sum() / weights.sum()))
+
+
+def misplaced(encoder: Encoder, probe: Probe, text: str) -> dict[int, tuple[str, float]]:
+    """Words that seem not to belong where they stand: {start: (word, lowest `belongs` of its pieces)}, all under MISPLACED."""
+    [coded] = encoder.embed([text])
+    lowest: dict[int, tuple[str, float]] = {}
+    for place, value in zip(word_of_token(encoder, text), probe.belongs(coded, encoder).tolist(), strict=False):
+        if place and ts.words(place[1]) and value < min(MISPLACED, lowest.get(place[0], ("", 1.0))[1]):
+            lowest[place[0]] = (place[1], value)
+    return lowest
 
 
 def word_of_token(encoder: Encoder, text: str) -> list[tuple[int, str] | None]:
