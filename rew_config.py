@@ -33,9 +33,9 @@ class Correlation:
     """What a word said tf times weighs: tf, 1 + ln tf, or 1 times its idf. raw is the bert-score library's formula."""
     idf_cap: bool = True
     """Cap idf at its 99th percentile, so that one rare word cannot outweigh a sentence."""
-    full_at: float = 0.8
-    """Share of the mean human gain over chance at which a pair is fully answered; above 0, to 2. Under 1, because at 1 half
-    of the human rows would fall short."""
+    full_at: float = 1.0
+    """Share of the mean human gain over chance at which a pair is fully answered; above 0, to 2. Lower: words thrown in gain
+    less, because more rows are full; higher: small faults in a good row still cost."""
 
     def __post_init__(self):
         check("correlation.weight", self.weight, 0, 1)

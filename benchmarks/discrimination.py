@@ -6,7 +6,8 @@ easy    share of mismatched pairs that score below the true one: the same candid
         the same reference with another row's candidate (`cand`)
 hard    share of rows whose true outline scores above the same outline with one sentence of another row's (`sentence`), its
         first two names (`names`) or its two heaviest nouns (`nouns`) swapped with each other, those nouns replaced by another
-        row's (`replaced`); rows without two of a kind are left out. Last, the same by the whole reward, at the default layer
+        row's (`replaced`); rows without two of a kind are left out. Last, the same by the clipped part and by the whole
+        reward, at the default layer
 length  Spearman's correlation of mismatched scores with the candidate's length in words: plain recall, recall over b(n) of
         human text of that length, and recall over the candidate's own chance level, which the reward uses
 cost    seconds to encode all texts, relative to the last layer
@@ -27,7 +28,7 @@ import tyro
 from scipy.stats import spearmanr
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root's reward.py, not a neighbour of that name
-from reward import Reward, Sample
+from reward import Reward, Sample, Score
 from storygen.bertscore import Embedded, Panel, best_match, load_encoder, token_weights, weighted
 from storygen.calibration import CAP, PAIRS, PANEL, TF
 from storygen.idf import Idf
@@ -80,19 +81,24 @@ def altered(rows: list[dict], i: int, kind: str, weight: Callable[[str], float],
     return replace_words(outline, dict(zip(mine[:2], theirs[:2]))) if min(len(mine), len(theirs)) > 1 else None
 
 
-def by_whole_reward(data: Path, rows: list[dict], hard: dict[str, list[str | None]]) -> dict[str, float]:
-    """Share of rows whose true outline earns more than the faulty one, each at its own length as the target."""
+def by_reward(data: Path, rows: list[dict], hard: dict[str, list[str | None]]) -> dict[str, dict[str, float]]:
+    """{"correlation"|"reward": {kind: share of rows whose true outline is ahead}}, each row's own length as the target.
+
+    The part is full at the human mean, so that two outlines may tie there.
+    """
     reward = Reward.load(data)
 
-    def scores(outlines: list[str]) -> list[float]:
+    def scores(outlines: list[str]) -> list[Score]:
         samples = [Sample(row["prompt"], think, row["story"], True) for row, think in zip(rows, outlines)]
-        return [reward.combine(raw, "ok", raw["story_words"]).reward for raw in reward.measure(samples)]
+        return [reward.combine(raw, "ok", raw["story_words"]) for raw in reward.measure(samples)]
 
     true = scores([row["think"] for row in rows])
-    found = {}
+    found = {"correlation": {}, "reward": {}}
     for kind, outlines in hard.items():
         faulty = scores([outline or row["think"] for outline, row in zip(outlines, rows)])
-        found[kind] = float(np.mean([b < a for a, b, outline in zip(true, faulty, outlines) if outline]))
+        pairs = [(a, b) for a, b, outline in zip(true, faulty, outlines) if outline]
+        found["correlation"][kind] = float(np.mean([b.parts["correlation"] < a.parts["correlation"] for a, b in pairs]))
+        found["reward"][kind] = float(np.mean([b.reward < a.reward for a, b in pairs]))
     return found
 
 
@@ -169,11 +175,12 @@ def main(args: Args) -> None:
                             row[name] = float(np.mean(lower))
                 figures.append(row)
     show(figures, costs)
-    whole = by_whole_reward(args.data, rows, hard)
+    by = by_reward(args.data, rows, hard)
     counts = {kind: sum(map(bool, outlines)) for kind, outlines in hard.items()}
-    print("the whole reward, rows:  " + "  ".join(f"{kind} {whole[kind]:.3f} of {counts[kind]}" for kind in HARD))
-    print(json.dumps({"bench": "discrimination", "rows": len(rows), "seconds": costs, "hard_rows": counts,
-                      "whole_reward": whole, "figures": figures}))  # fmt: skip
+    for name, shares in by.items():
+        print(f"{name}, true outline ahead:  " + "  ".join(f"{kind} {shares[kind]:.3f} of {counts[kind]}" for kind in HARD))
+    print(json.dumps({"bench": "discrimination", "rows": len(rows), "seconds": costs, "hard_rows": counts, **by,
+                      "figures": figures}))  # fmt: skip
 
 
 def show(figures: list[dict], costs: dict[int, float]) -> None:

