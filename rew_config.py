@@ -237,6 +237,10 @@ class RewardConfig:
         given = self._given()
         return {name: weight / sum(given.values()) for name, weight in given.items()}
 
+    def effective(self) -> str:
+        """The weights as they count, in a line."""
+        return "weights, scaled to 1: " + ", ".join(f"{name} {weight:.2f}" for name, weight in self.weights().items())
+
 
 PARTS = ("correlation", "length", "repetition", "repetition4", "prose")
 

@@ -378,6 +378,7 @@ def rescore(args: Rescore) -> None:
         raw = reward.measure_text(sample) | row["raw"] if verdict == "ok" else {}
         scores.append(reward.combine(raw, verdict, row.get("length_target", target)))
     old, new = np.array([row["reward"] for row in rows]), np.array([score.reward for score in scores])
+    print(args.reward.effective())
     print(f"{len(rows)} samples: rank correlation {rank_correlation(old, new):.3f}")
     pairs, flips = flipped([(row.get("step"), row["prompt"]) for row in rows], old, new)
     print(f"{len(flips)} of {pairs} pairs of samples for one prompt flip")
@@ -403,6 +404,8 @@ def audit(args: Audit) -> None:
             raise InputError(f"{args.samples if kind == 'samples' else path} holds {len(rows)} {kind}; the audit needs 2")
     reward = Reward.load(args.data, args.reward)
     target = target_of(args, reward)
+    if not args.json:
+        print(args.reward.effective())
     wins = {kind: wins_of(reward, kind, rows, target, args) for kind, rows in honest.items()}
     families = wins["human rows"]
     more = {"samples": wins["samples"]} if args.samples else {}

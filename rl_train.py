@@ -255,6 +255,7 @@ def main(args: Args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     write_atomically(args.out / "run.json", json.dumps(run_facts, indent=1))
     print(json.dumps(as_json(args)))
+    print(f"reward {args.reward.effective()}")
     metrics = Log(args.out / "metrics.jsonl", state["metrics_size"])
     samples_log = Log(args.out / "samples.jsonl", state["samples_size"])
     interrupt = Interrupt()

@@ -141,6 +141,7 @@ def test_weights_are_scaled_and_a_part_without_weight_is_a_monitor(reward, raw):
     assert config.weights() == pytest.approx(
         {"correlation": 0, "length": 0.75, "repetition": 0.25, "repetition4": 0, "prose": 0}
     )
+    assert config.effective().endswith("correlation 0.00, length 0.75, repetition 0.25, repetition4 0.00, prose 0.00")
     assert bare(reward, config).combine(raw, "ok", 200).parts["correlation"] > 0
 
 
