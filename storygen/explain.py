@@ -35,7 +35,7 @@ def write_page(
         "verdict": "well-formed" if formed else f"malformed: {score.verdict}",
         "prompt": sample.prompt,
         "parts": [
-            {"name": f"{name}, weight {weights[name]:.2f}" if name in weights else name.replace("_", " by "),
+            {"name": f"{name}, weight {weights[name]:.2f}" if name in weights else name.replace("think", "outline").replace("_", " by "),
              "score": score.parts[name], **facts}
             for name, facts in ranges.items()
         ],

@@ -262,7 +262,7 @@ def test_explain_as_a_page(script, tmp_path):
         links = re.findall(r'<button(?: class="odd" title="belongs: 0\.[01]\d")? data-story="(\d+)">', text)
         assert len(asked) > 15 and set(asked) <= set(links)
         assert 'class="odd"' in text
-        for part in ("think by story", "length, weight 0.26", "repetition, weight 0.17", "prose, weight 0.13"):
+        for part in ("outline by story", "length, weight 0.26", "repetition, weight 0.17", "prose, weight 0.13"):
             assert part in text
 
 
