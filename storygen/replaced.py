@@ -102,9 +102,14 @@ def token_labels(row: Marked, encoder: Encoder) -> np.ndarray:
     return np.array([row[np.searchsorted(ends, start, side="right")][1] for start, _ in offsets])
 
 
+def content(row: list[str]) -> list[str]:
+    """The words that are not function words; all of them where none is left."""
+    return [word for word in row if words(word) and words(word)[0] not in STOP_WORDS] or row
+
+
 def strewn(row: list[str], other: list[str], rng: random.Random) -> Marked:
     """Content words of another text put in anywhere."""
-    out, pool = [(word, False) for word in row], [w for w in other if words(w) and words(w)[0] not in STOP_WORDS] or other
+    out, pool = [(word, False) for word in row], content(other)
     for _ in range(max(2, len(row) // RATE)):
         out.insert(rng.randrange(len(out) + 1), (rng.choice(pool), True))
     return out
@@ -138,7 +143,7 @@ def shuffled(row: list[str], other: list[str], rng: random.Random) -> Marked:
 
 def replaced(row: list[str], other: list[str], rng: random.Random) -> Marked:
     """Words replaced by content words of another text."""
-    out, pool = [(word, False) for word in row], [w for w in other if words(w) and words(w)[0] not in STOP_WORDS] or other
+    out, pool = [(word, False) for word in row], content(other)
     for _ in range(max(2, len(row) // RATE)):
         out[rng.randrange(len(out))] = (rng.choice(pool), True)
     return out
