@@ -81,7 +81,6 @@ def main(args: Args) -> None:
     theirs = lambda x, y: scorer.score(y, x, batch_size=batch)
 
     reward = Reward.load(args.data)
-    reward.encoder = encoder  # the reward's three pairs at the library's layer; `samples_per_s` below has its own
     prompts = [row["prompt"] for row in rows][: count // args.k]
     shared = [Sample(prompts[i // args.k], outlines[i // args.k], story, True) for i, story in enumerate(stories)]
     columns = {key: [getattr(sample, key) for sample in shared] for key in ("prompt", "think", "story")}
@@ -98,7 +97,7 @@ def main(args: Args) -> None:
             for x, y in ((think, story), (prompt, think), (prompt, story)):
                 precision_recall_f1(x, y, weights, "raw")
 
-    logged = Reward.load(args.data).measure(shared[: args.k]) * (count // args.k)
+    logged = reward.measure(shared[: args.k]) * (count // args.k)
     other = Reward(replace(reward.config, length=Length(weight=0.5)), reward.calibration)
     contenders = {
         "library, new texts": lambda: theirs(outlines, stories),
@@ -117,10 +116,9 @@ def main(args: Args) -> None:
     for name, value in middle.items():
         print(f"{name:28} {value:8.3f} s  {count / value:9.1f} pairs/s")
 
-    whole = Reward.load(args.data)
     samples = [Sample(r["prompt"], r["think"], r["story"], True) for r in rows if r["split"] != "train"][:count]
-    whole(samples[:4], 200.0)
-    rate = count / statistics.median(seconds(lambda: whole(samples, 200.0)) for _ in range(rounds))
+    reward(samples[:4], 200.0)
+    rate = count / statistics.median(seconds(lambda: reward(samples, 200.0)) for _ in range(rounds))
     print(f"{'the whole reward':28} {count / rate:8.3f} s  {rate:9.1f} samples/s (corpus lengths, layer {MINILM_LAYER})")
     new = middle["library, new texts"]
     print(json.dumps({

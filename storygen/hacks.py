@@ -45,6 +45,10 @@ def size(row: Row) -> int:
     return max(20, len(row["story"].split()))
 
 
+def first_third(row: Row) -> str:
+    return " ".join(row["story"].split()[: max(1, size(row) // 3)])
+
+
 def shuffled_words(row: Row, other: Row, rng: random.Random) -> Row:
     return row | {"story": " ".join(rng.sample(row["story"].split(), len(row["story"].split())))}
 
@@ -172,7 +176,7 @@ def other_outline_and_story(row: Row, other: Row, rng: random.Random) -> Row:
 
 
 def truncated(row: Row, other: Row, rng: random.Random) -> Row:
-    return row | {"story": " ".join(row["story"].split()[: max(1, size(row) // 3)])}
+    return row | {"story": first_third(row)}
 
 
 def strewn_outline_words(row: Row, other: Row, rng: random.Random) -> Row:
@@ -237,19 +241,17 @@ def sentences_doubled(row: Row, other: Row, rng: random.Random) -> Row:
 
 def third_then_other(row: Row, other: Row, rng: random.Random) -> Row:
     """A third of the story, then another one: padding that is good English."""
-    return row | {"story": f"{' '.join(row['story'].split()[: max(1, size(row) // 3)])}. {other['story']}"}
+    return row | {"story": f"{first_third(row)}. {other['story']}"}
 
 
 def third_then_stock(row: Row, other: Row, rng: random.Random) -> Row:
     """A third of the story, then stock sentences that would fit any."""
     lines = rng.sample(STOCK, len(STOCK))
-    return row | {
-        "story": f"{' '.join(row['story'].split()[: max(1, size(row) // 3)])}. " + fill(lines, 2 * size(row) // 3) + "."
-    }
+    return row | {"story": f"{first_third(row)}. {fill(lines, 2 * size(row) // 3)}."}
 
 
 def truncated_and_closed(row: Row, other: Row, rng: random.Random) -> Row:
-    return row | {"story": " ".join(row["story"].split()[: max(1, size(row) // 3)]) + "."}
+    return row | {"story": f"{first_third(row)}."}
 
 
 def prompt_between_sentences(row: Row, other: Row, rng: random.Random) -> Row:
