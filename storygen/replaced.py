@@ -8,6 +8,7 @@ was thrown in, because it is there to be matched; the vectors around it can.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -32,11 +33,16 @@ class Probe:
     weights: list[list[float]]
     bias: float
 
+    @cached_property
+    def matrix(self) -> torch.Tensor:
+        """The weights as (d, 3)."""
+        return torch.tensor(self.weights).T.contiguous()
+
     def belongs(self, text: Embedded, encoder: Encoder) -> torch.Tensor:
         """Probability that each token stands where its author put it, (n,) fp32, at even odds; 1 for special tokens."""
         if not len(text.ids):
             return torch.ones(0, device=text.vectors.device)
-        before, here, after = (text.vectors @ torch.tensor(self.weights, device=text.vectors.device).T).unbind(1)
+        before, here, after = (text.vectors @ self.matrix.to(text.vectors.device)).unbind(1)
         score = here + self.bias
         score[1:] += before[:-1]
         score[:-1] += after[1:]

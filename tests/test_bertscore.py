@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
 from storygen.bertscore import (
+    BATCH_TOKENS,
     MINILM_LAYER,
     TUNED_LAYERS,
     Embedded,
@@ -175,7 +176,7 @@ def test_specials_answer_but_weigh_nothing(encoder, embedded):
     # In real texts too they answer.
     bare = [Embedded(text.ids[1:-1], text.vectors[1:-1]) for text in embedded[1]]
     lost = by_us(*embedded, table)[:, 1] - by_us(embedded[0], bare, table)[:, 1]
-    assert lost.min() >= 0 and (lost > 1e-3).sum() >= 5
+    assert lost.min() >= -1e-6 and (lost > 1e-3).sum() >= 5
     # A text of nothing but specials weighs nothing.
     only = encoder.embed(["[SEP] [CLS]"])[0]
     assert len(only.ids) == 4 and precision_recall_f1(only, only, table) == (0, 0, 0)
@@ -244,7 +245,7 @@ def test_batches_and_order_do_not_matter(encoder, monkeypatch, tokens):
     texts = [row["outline"] for row in ROWS[:4]] + [text_of(encoder, n, n) for n in (1, 510, 511, 900, 1700)]
     alone = [encoder.embed([text])[0] for text in texts]
     assert max(len(text.ids) for text in alone) == 1702
-    monkeypatch.setattr("storygen.bertscore.BATCH_TOKENS", tokens)
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", tokens)
     shuffled = random.Random(tokens).sample(range(len(texts)), len(texts))
     shuffled.append(shuffled[0])
     for i, text in zip(shuffled, encoder.embed([texts[i] for i in shuffled]), strict=True):
@@ -259,7 +260,7 @@ def test_windows_cover_every_token(length, window):
     assert {i for start, end in runs for i in range(start, end)} == set(range(length))
     assert runs == sorted(set(runs)) and len({end - start for start, end in runs}) == 1
     assert all(end - start <= window for start, end in runs)
-    assert all(end - start >= window // 4 - 1 for (_, end), (start, _) in pairwise(runs))
+    assert all(end - start >= window // 8 - 1 for (_, end), (start, _) in pairwise(runs))
 
 
 def test_long_text_takes_each_token_from_its_most_central_window(encoder):

@@ -287,9 +287,21 @@ def test_rescore(script, tmp_path, reward):
     assert changed.returncode == 0, changed.stderr
     assert "rank correlation -1.000" in changed.stdout
     assert "1 of 1 pairs" in changed.stdout
-    other = script(*base, "--reward.correlation.tf", "raw")
+    other = script(*base, "--reward.correlation.no-idf-cap")
     assert other.returncode == 2
-    assert "logged under another tf" in other.stderr and other.stderr.count("\n") == 1
+    assert "logged under another idf_cap" in other.stderr and other.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("tf", ["raw", "binary"])
+def test_another_tf_needs_no_encoder(reward, tf):
+    """What was logged under the default tf, combined under another one, is what scoring anew under that one gives."""
+    samples = [Sample(row["prompt"], row["think"], ROWS[(i + i % 2) % 6]["story"], True) for i, row in enumerate(ROWS[:6])]
+    config = RewardConfig(correlation=Correlation(tf=tf))
+    anew = Reward(config, reward.calibration, reward.idf, reward.encoder)(samples, 200)
+    without_encoder = Reward(config, reward.calibration)
+    logged = [without_encoder.combine(raw, "ok", 200).reward for raw in reward.measure(samples)]
+    assert logged == pytest.approx([score.reward for score in anew], abs=1e-9)
+    assert logged != [score.reward for score in reward(samples, 200)]
 
 
 def test_bad_knob_on_the_command_line(script):
