@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from tqdm import tqdm
 
 from rew_config import RewardConfig
 from reward import Reward, Sample, Score
@@ -33,7 +34,7 @@ from storygen.ppo import Advantage, adapt_beta, advantages, next_length_target, 
 from storygen.report import write_report
 from storygen.rollout import Rollout, rollout, rollout_logps
 from storygen.textstats import words
-from storygen.tracking import Log, describe, progress, sample_rows, show_sample
+from storygen.tracking import Log, alarms, describe, progress, sample_rows, show_sample
 
 
 @dataclass
@@ -59,6 +60,8 @@ class Args:
     """loo: against the prompt's other samples; group: GRPO; batch; raw: the reward itself. See storygen/ppo.py."""
     temperature: float = 1.0
     """Divides the logits in sampling, policy and reference alike."""
+    max_new_tokens: int | None = None
+    """Most tokens of outline and story together; a longer sample counts as unfinished. Default: what the context holds."""
 
     lr: float | None = None
     """AdamW's learning rate after warm-up. Default by preset."""
@@ -121,6 +124,9 @@ RECIPES = {
     "demo": Recipe(steps=30, prompts=12, k=8, lr=1.5e-4, micro_tokens=4096, eval_every=10),
     "gpt2": Recipe(steps=500, prompts=32, k=8, lr=1e-5, micro_tokens=8192, eval_every=25),
 }
+
+# Nats a token that sampler and training forward may differ by on average: rounding, in the arithmetic of each.
+GAP_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 def update(
@@ -213,6 +219,8 @@ def main(args: Args) -> None:
         raise InputError(
             f"--advantage {args.advantage} compares samples of one prompt: --k must be at least 2, not {args.k}"
         )
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
     if args.temperature <= 0:
         raise InputError(f"--temperature must be above 0, not {args.temperature}")
     if args.minibatches > args.prompts:
@@ -263,9 +271,13 @@ def main(args: Args) -> None:
 
     law = {"temperature": args.temperature, "dtype": dtype}  # what sampling and all log-probabilities share
 
+    def save(step: int) -> None:
+        state.update(metrics_size=metrics.size(), samples_size=samples_log.size(), config=config)
+        save_state(states, step, model, optimizer, state, args.keep)
+
     def evaluate(step: int) -> tuple[dict, Rollout, list[Sample]]:
         """Held-out prompts, always the same seed, scored against the human median length, so that steps compare."""
-        batch = rollout(model, pattern, held_out, 1, seed=(args.seed, 0), **law)
+        batch = rollout(model, pattern, held_out, 1, seed=(args.seed, 0), max_new_tokens=args.max_new_tokens, **law)
         samples = samples_of(batch)
         scores = reward(samples, human_median)
         samples_log.write(*sample_rows(step, "validation", samples, scores, [None] * len(scores)))
@@ -293,7 +305,10 @@ def main(args: Args) -> None:
     with progress(args.steps, state["step"], "RL") as bar:
         for step in range(state["step"] + 1, args.steps + 1):
             clock = time.perf_counter()
-            batch = rollout(model, pattern, step_prompts(prompts, step, args), args.k, seed=(args.seed, step), **law)
+            batch = rollout(
+                model, pattern, step_prompts(prompts, step, args), args.k, seed=(args.seed, step),
+                max_new_tokens=args.max_new_tokens, **law,
+            )  # fmt: skip
             samples = samples_of(batch)
             sampled = time.perf_counter()
             scores = reward(samples, state["length_target"])
@@ -304,6 +319,12 @@ def main(args: Args) -> None:
             micro = token_budget_batches([len(row) for row in batch.rows], args.micro_tokens)
             old = rollout_logps(model, pattern, batch, micro, **law)
             ref = rollout_logps(reference, pattern, batch, micro, **law)
+            gap = (torch.cat(old) - batch.sampler_logps).abs().mean().item()
+            if not gap <= GAP_LIMIT[dtype]:
+                if step > 1:
+                    save(step - 1)
+                sys.exit(f"error: step {step}: the sampler's log-probabilities are {gap:.1e} nats a token from the training "
+                         f"forward's, over {GAP_LIMIT[dtype]:.0e}: the samples are not the policy's; try --precision fp32")  # fmt: skip
             drift = (torch.cat(old) - torch.cat(ref)).clamp(-20, 20)
             kl = (torch.exp(-drift) - 1 + drift).mean().item()
             for group in optimizer.param_groups:
@@ -323,7 +344,7 @@ def main(args: Args) -> None:
                 "length/target": state["length_target"],
                 **stats,
                 "policy/lr": optimizer.param_groups[0]["lr"],
-                "policy/sampler_gap": (torch.cat(old) - batch.sampler_logps).abs().mean().item(),
+                "policy/sampler_gap": gap,
                 "time/sample_s": sampled - clock,
                 "time/reward_s": scored - sampled,
                 "time/update_s": updated - scored,
@@ -334,6 +355,10 @@ def main(args: Args) -> None:
                 held, *_ = evaluate(step)
                 row |= held
                 state["eval_reward"] = held["eval/reward"]
+            state.setdefault("entropy_start", row["objective/entropy"])
+            if rings := alarms(row, args.kl_target, state["entropy_start"]):
+                row["alarms"] = rings
+                tqdm.write("\n".join(f"warning: step {step}: {text}" for text in rings), file=sys.stderr)
             metrics.write(row)
             samples_log.write(*sample_rows(step, "train", samples, scores, advantage))
             if step % args.show_every == 0:
@@ -351,8 +376,7 @@ def main(args: Args) -> None:
             )  # fmt: skip
             broken = state["skipped_in_a_row"] >= 3
             if step % args.save_every == 0 or step == args.steps or interrupt.stop or broken:
-                state |= {"metrics_size": metrics.size(), "samples_size": samples_log.size(), "config": config}
-                save_state(states, step, model, optimizer, state, args.keep)
+                save(step)
             if broken:
                 sys.exit(f"error: gradients were not finite in three steps in a row, up to step {step}: lower --lr")
             if interrupt.stop and step < args.steps:

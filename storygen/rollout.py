@@ -15,7 +15,7 @@ class Rollout:
     """The responses of one call, prompt by prompt, K of each.
 
     rows: token ids, prompt and response; starts: index of the first response token; room: tokens left between the response's
-    end and the context limit; sampler_logps: (response tokens,), nats, of the law that was sampled.
+    end and the limit; sampler_logps: (response tokens,), nats, of the law that was sampled.
     """
 
     prompts: list[str]
@@ -38,14 +38,15 @@ def rollout(
     seed: int | tuple[int, ...],
     temperature: float,
     dtype: torch.dtype,
+    max_new_tokens: int | None = None,
     progress: bool = False,
 ) -> Rollout:
-    """`k` responses to each prompt. Same seed, device and dtype: same tokens."""
+    """`k` responses to each prompt, up to the context's end or `max_new_tokens`. Same seed, device and dtype: same tokens."""
     prefixes = [pattern.prefix(prompt) for prompt in prompts]
     context = context_length(model)
     drawn = sample(
         model, prefixes, k, eos_id=pattern.eos_id, vocabulary=pattern.size, seed=seed, temperature=temperature, dtype=dtype,
-        progress=progress,
+        max_new_tokens=max_new_tokens, progress=progress,
     )  # fmt: skip
     flat = [
         (prompt, prefix, completion)
@@ -57,7 +58,7 @@ def rollout(
         rows=[prefix + completion.ids for _, prefix, completion in flat],
         starts=[len(prefix) for _, prefix, _ in flat],
         parsed=[pattern.parse(completion.ids) for _, _, completion in flat],
-        room=[context - len(prefix) - len(completion.ids) for _, prefix, completion in flat],
+        room=[min(context - len(prefix), max_new_tokens or context) - len(completion.ids) for _, prefix, completion in flat],
         sampler_logps=torch.tensor([logp for _, _, completion in flat for logp in completion.logps], device=model.device),
     )
 

@@ -79,3 +79,26 @@ def sample_rows(step: int, split: str, samples: Sequence, scores: Sequence, adva
          "advantage": a}
         for s, c, a in zip(samples, scores, advantages)
     ]  # fmt: skip
+
+
+def alarms(row: dict[str, float], kl_target: float, entropy_start: float) -> list[str]:
+    """What a reader of the curves would stop a run for, each with the figure that shows it and what to try.
+
+    row: a step's metrics. kl_target: nats per token. entropy_start: of the first step, nats per token.
+    """
+    finished, kl, entropy = row["samples/finished"], row["objective/kl"], row["objective/entropy"]
+    skipped = row["policy/skipped"]
+    found = {
+        f"only {finished:.0%} of the samples finished: stories run into the limit; see samples.jsonl, lower --lr": finished
+        < 0.5,
+        "all samples have the same reward: nothing to learn from; see samples.jsonl, raise --k or change the reward": (
+            row["objective/reward_std"] < 1e-6
+        ),
+        f"KL to the reference is {kl:.2f} nats a token, over ten times its target: lower --lr or --kl-stop": kl
+        > 10 * kl_target,
+        f"entropy fell from {entropy_start:.2f} to {entropy:.2f} nats a token: the policy repeats itself; raise --beta": (
+            entropy < entropy_start / 3
+        ),
+        f"{skipped} minibatches were left out, their gradients not finite: lower --lr": skipped > 0,
+    }
+    return [text for text, rings in found.items() if rings]

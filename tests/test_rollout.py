@@ -34,3 +34,10 @@ def test_log_probabilities_are_the_samplers_whatever_the_batches(tiny, drawn, bu
     assert [len(logp) for logp in logps] == [len(row) - start for row, start in zip(drawn.rows, drawn.starts)]
     assert torch.allclose(torch.cat(logps), drawn.sampler_logps, atol=1e-3)
     assert drawn.response_tokens() == len(drawn.sampler_logps)
+
+
+def test_new_tokens_are_capped(tiny):
+    model, _, pattern = tiny
+    capped = rollout(model, pattern, PROMPTS, 2, seed=7, temperature=1.0, dtype=torch.float32, max_new_tokens=9)
+    for row, start, room, parsed in zip(capped.rows, capped.starts, capped.room, capped.parsed):
+        assert len(row) - start + room == 9 and (room == 0 or parsed.finished)

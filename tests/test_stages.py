@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import rl_train
 from pattern_learning import Args, Row, batches, behind_examples, drill, load_examples, loss_sum
 from storygen.checkpoint import save_model
 from storygen.pattern import Pattern
@@ -223,6 +224,28 @@ def test_interrupted_fine_tuning_goes_on_to_the_same_bytes(home, zeroshot):
     assert (out / "model.safetensors").read_bytes() == (zeroshot / "model.safetensors").read_bytes()
 
 
+def test_collapse_is_told(script, zeroshot, home):
+    """Samples cut off after three tokens: none finishes, all earn the same, and each step says so."""
+    out = home / "cut_off"
+    done = script("rl_train.py", "--data", home / "data", "--model", zeroshot, "--out", out, *RL, "--max-new-tokens", "3")
+    assert done.returncode == 0
+    for step in range(1, 5):
+        assert f"step {step}: only 0% of the samples finished" in done.stderr
+        assert f"step {step}: all samples have the same reward" in done.stderr
+    assert all(len(m["alarms"]) == 2 for m in without_times(out / "metrics.jsonl") if m["step"])
+    assert all(s["verdict"] == "no_eos" and s["room"] == 0 for s in without_times(out / "samples.jsonl"))
+
+
+def test_samples_that_are_not_the_policys_are_refused(monkeypatch, capsys, zeroshot, home):
+    monkeypatch.setitem(rl_train.GAP_LIMIT, torch.float32, 0.0)
+    args = rl_train.Args(
+        data=home / "data", model=str(zeroshot), out=home / "gap", steps=1, prompts=2, k=2, precision="fp32"
+    )
+    with pytest.raises(SystemExit, match="sampler's log-probabilities"):
+        rl_train.main(args)
+    assert not (home / "gap/final").exists()
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
@@ -235,6 +258,7 @@ def test_interrupted_fine_tuning_goes_on_to_the_same_bytes(home, zeroshot):
         (["--steps", "0"], "--steps must be at least 1"),
         (["--minibatches", "3"], "--minibatches"),
         (["--temperature", "0"], "--temperature"),
+        (["--max-new-tokens", "0"], "--max-new-tokens"),
     ],
 )
 def test_rl_refuses_bad_input_in_one_line(script, whole_run, zeroshot, home, arguments, says):

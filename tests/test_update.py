@@ -1,0 +1,68 @@
+"""RL's update on one rollout: the gradient is the design's, whatever the batches."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from rl_train import Args, update
+from storygen.rollout import rollout, rollout_logps
+
+PROMPTS = ["A dog.", "A lamp that was lit every night.", "Rain.", "The sea rose."]
+ADVANTAGES = [1.0, -0.5, 0.2, -1.5, 0.7, 0.0, -0.3, 0.4]
+ARGS = Args(prompts=4, k=2, minibatches=1, micro_tokens=10_000, max_grad_norm=1e9, kl_stop=1e9)
+
+
+@pytest.fixture(scope="module")
+def batch(tiny):
+    model, _, pattern = tiny
+    return rollout(model, pattern, PROMPTS, 2, seed=3, temperature=1.0, dtype=torch.float32, max_new_tokens=40)
+
+
+def updated(tiny, batch, advantages=ADVANTAGES, beta=0.0, **settings):
+    """Weights after one `update` by plain gradient descent, from the fixture's model as policy and reference; its metrics."""
+    model, _, pattern = tiny
+    policy = copy.deepcopy(model)
+    logps = rollout_logps(model, pattern, batch, [[i] for i in range(len(batch.rows))], temperature=1.0, dtype=torch.float32)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    args = dataclasses.replace(ARGS, **settings)
+    stats = update(policy, optimizer, batch, logps, logps, advantages, beta, 1, args, pattern, torch.float32)
+    return torch.cat([p.detach().flatten() for p in policy.parameters()]), stats
+
+
+def test_one_epoch_and_minibatch_is_reinforce(tiny, batch):
+    """Against d/dw of mean A ln p, by a plain unpadded forward of every row: eos inside the mean, nothing of the prompt."""
+    model, _, pattern = tiny
+    plain = copy.deepcopy(model)
+    terms = []
+    for row, start, advantage in zip(batch.rows, batch.starts, ADVANTAGES):
+        logps = plain(torch.tensor([row])).logits[0, :, : pattern.size].log_softmax(-1)
+        terms.append(advantage * logps[start - 1 : -1].gather(-1, torch.tensor(row[start:])[:, None])[:, 0])
+    (-torch.cat(terms).mean()).backward()
+    expected = torch.cat([(p - 0.1 * p.grad).detach().flatten() for p in plain.parameters()])
+    weights, stats = updated(tiny, batch, beta=0.5)  # at the reference itself the KL's gradient is zero
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert (expected - start).norm() > 0.01
+    assert ((weights - expected).norm() / (expected - start).norm()).item() < 1e-3
+    assert stats["policy/approx_kl"] == pytest.approx(0, abs=1e-6) and stats["policy/clipfrac"] == 0
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 150])
+def test_micro_batches_do_not_change_the_step(tiny, batch, micro_tokens):
+    whole, stats = updated(tiny, batch, beta=0.1)
+    split, others = updated(tiny, batch, beta=0.1, micro_tokens=micro_tokens)
+    assert torch.allclose(whole, split, atol=1e-5)
+    assert others == pytest.approx(stats, abs=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tiny, batch):
+    weights, stats = updated(tiny, batch, [float("nan"), *ADVANTAGES[1:]])
+    assert stats["policy/skipped"] == 1 and stats["policy/updates"] == 0
+    assert torch.equal(weights, torch.cat([p.detach().flatten() for p in tiny[0].parameters()]))
+
+
+def test_a_step_that_moves_too_far_stops(tiny, batch):
+    """The second pass sees KL(old || new) over the limit and is left out; within the limit both passes count."""
+    assert updated(tiny, batch, epochs=2)[1]["policy/updates"] == 2
+    assert updated(tiny, batch, epochs=2, kl_stop=1e-9)[1]["policy/updates"] == 1
