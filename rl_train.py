@@ -129,6 +129,10 @@ RECIPES = {
 GAP_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
+class ForeignSamples(RuntimeError):
+    """The sampler drew from another law than the one that is trained."""
+
+
 def update(
     model, optimizer, batch: Rollout, old, ref, advantage: list[float], beta: float, step: int, args: Args, pattern, dtype
 ):
@@ -182,6 +186,39 @@ def update(
         "policy/grad_norm": totals["grad_norm"],
         "policy/updates": totals["updates"],
         "policy/skipped": totals["skipped"],
+    }
+
+
+def learn(
+    model, reference, optimizer, batch: Rollout, rewards: torch.Tensor, beta: float, step: int, args: Args, pattern, dtype
+) -> tuple[list[float], dict[str, float]]:
+    """From a rollout and its rewards (prompts, k) to new weights. Returns every sample's advantage, and metrics.
+
+    Raises `ForeignSamples`, before anything has changed, where the samples are not the policy's.
+    """
+    law = {"temperature": args.temperature, "dtype": dtype}
+    micro = token_budget_batches([len(row) for row in batch.rows], args.micro_tokens)
+    old = rollout_logps(model, pattern, batch, micro, **law)
+    gap = (torch.cat(old) - batch.sampler_logps).abs().mean().item()
+    if not gap <= GAP_LIMIT[dtype]:
+        raise ForeignSamples(
+            f"the sampler's log-probabilities are {gap:.1e} nats a token from the training forward's, over "
+            f"{GAP_LIMIT[dtype]:.0e}: the samples are not the policy's; try --precision fp32"
+        )
+    ref = rollout_logps(reference, pattern, batch, micro, **law)
+    drift = (torch.cat(old) - torch.cat(ref)).clamp(-20, 20)
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * min(1.0, step / args.warmup)
+    advantage = advantages(rewards, args.advantage).flatten().tolist()
+    stats = update(model, optimizer, batch, old, ref, advantage, beta, step, args, pattern, dtype)
+    return advantage, {
+        "objective/reward_std": rewards.std().item(),
+        "objective/kl": (torch.exp(-drift) - 1 + drift).mean().item(),
+        "objective/entropy": -torch.cat(old).mean().item(),
+        "objective/beta": beta,
+        **stats,
+        "policy/lr": optimizer.param_groups[0]["lr"],
+        "policy/sampler_gap": gap,
     }
 
 
@@ -313,23 +350,15 @@ def main(args: Args) -> None:
             sampled = time.perf_counter()
             scores = reward(samples, state["length_target"])
             rewards = torch.tensor([s.reward for s in scores]).view(args.prompts, args.k)
-            advantage = advantages(rewards, args.advantage).flatten().tolist()
             scored = time.perf_counter()
-
-            micro = token_budget_batches([len(row) for row in batch.rows], args.micro_tokens)
-            old = rollout_logps(model, pattern, batch, micro, **law)
-            ref = rollout_logps(reference, pattern, batch, micro, **law)
-            gap = (torch.cat(old) - batch.sampler_logps).abs().mean().item()
-            if not gap <= GAP_LIMIT[dtype]:
+            try:
+                advantage, learnt = learn(
+                    model, reference, optimizer, batch, rewards, state["beta"], step, args, pattern, dtype
+                )
+            except ForeignSamples as error:
                 if step > 1:
                     save(step - 1)
-                sys.exit(f"error: step {step}: the sampler's log-probabilities are {gap:.1e} nats a token from the training "
-                         f"forward's, over {GAP_LIMIT[dtype]:.0e}: the samples are not the policy's; try --precision fp32")  # fmt: skip
-            drift = (torch.cat(old) - torch.cat(ref)).clamp(-20, 20)
-            kl = (torch.exp(-drift) - 1 + drift).mean().item()
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1.0, step / args.warmup)
-            stats = update(model, optimizer, batch, old, ref, advantage, state["beta"], step, args, pattern, dtype)
+                sys.exit(f"error: step {step}: {error}")
             updated = time.perf_counter()
 
             described = describe(samples, scores)
@@ -337,14 +366,8 @@ def main(args: Args) -> None:
                 "step": step,
                 "objective/reward": described.pop("reward"),
                 **described,
-                "objective/reward_std": rewards.std().item(),
-                "objective/kl": kl,
-                "objective/entropy": -torch.cat(old).mean().item(),
-                "objective/beta": state["beta"],
                 "length/target": state["length_target"],
-                **stats,
-                "policy/lr": optimizer.param_groups[0]["lr"],
-                "policy/sampler_gap": gap,
+                **learnt,
                 "time/sample_s": sampled - clock,
                 "time/reward_s": scored - sampled,
                 "time/update_s": updated - scored,
@@ -367,10 +390,10 @@ def main(args: Args) -> None:
                     f"step {step}: reward {scores[0].reward:.3f} ({scores[0].verdict})", one.prompt, one.think, one.story
                 )
 
-            state = next_state(state, samples, scores, kl, stats, args)
+            state = next_state(state, samples, scores, learnt["objective/kl"], learnt["policy/skipped"], args)
             bar.update()
             bar.set_postfix(
-                reward=f"{row['objective/reward']:.3f}", held_out=f"{state['eval_reward']:.3f}", kl=f"{kl:.3f}",
+                reward=f"{row['objective/reward']:.3f}", held_out=f"{state['eval_reward']:.3f}", kl=f"{row['objective/kl']:.3f}",
                 ok=f"{row['samples/well_formed']:.2f}", words=f"{row['length/median']:.0f}/{row['length/target']:.0f}",
                 tok_s=f"{row['time/tokens_per_second']:.0f}",
             )  # fmt: skip
@@ -388,7 +411,7 @@ def main(args: Args) -> None:
     print(f"{args.out}/final: held-out reward {state['eval_reward']:.3f}; report: {report}")
 
 
-def next_state(state: dict, samples: list[Sample], scores: list[Score], kl: float, stats: dict, args: Args) -> dict:
+def next_state(state: dict, samples: list[Sample], scores: list[Score], kl: float, skipped: int, args: Args) -> dict:
     """The controllers after a step: beta, length target and the running mean and deviation of the samples' quality."""
     target = state["length_target"]
     values = [quality(s, args.reward) for s in scores]
@@ -408,7 +431,7 @@ def next_state(state: dict, samples: list[Sample], scores: list[Score], kl: floa
         "beta": adapt_beta(state["beta"], kl, args.kl_target),
         "quality_mean": mean,
         "quality_std": std,
-        "skipped_in_a_row": state["skipped_in_a_row"] + 1 if stats["policy/skipped"] else 0,
+        "skipped_in_a_row": state["skipped_in_a_row"] + 1 if skipped else 0,
     }
 
 
