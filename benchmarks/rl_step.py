@@ -1,0 +1,216 @@
+"""How long does one RL step take, beside TRL's GRPO?
+
+    python benchmarks/rl_step.py --data artifacts/data --model artifacts/zeroshot [--quick]
+
+Both sides: same checkpoint, prompts, samples a prompt, reward, optimizer steps, arithmetic, threads, no dropout; in one process, a
+step of ours and a step of theirs in turn. `fixed`: every sample has `--new-tokens` tokens (its end is forbidden). `spread`:
+samples end where they end, within the context, as in a real run.
+
+ratio_fixed, ratio_spread   TRL's seconds a step over ours, medians
+peak_gb, peak_gb_peer       peak memory of a process that runs one side only, spread lengths
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root's reward.py, not a neighbour of that name
+import rl_train
+from benchmarks.trl_peer import run_trl
+from reward import Reward, Sample
+from storygen.checkpoint import load_model
+from storygen.corpus import load_prompts
+from storygen.logprobs import pick_dtype
+from storygen.pattern import Pattern
+from storygen.rollout import rollout
+
+
+@dataclass
+class Args:
+    data: Path = Path("artifacts/data")
+    """Folder made by data_prep.py."""
+    model: str = "artifacts/zeroshot"
+    """Model folder made by pattern_learning.py."""
+    prompts: int = 8
+    """Prompts a step."""
+    k: int = 4
+    """Samples of each."""
+    new_tokens: int = 128
+    """Tokens of every sample of `fixed`."""
+    steps: int = 5
+    """Steps of either side that count, after one that does not."""
+    quick: bool = False
+    """4 prompts, samples of 64 tokens, two steps; `spread` is cut at 160 tokens."""
+    only: tuple[str, str] | None = None
+    """Run one side alone, in a process of its own, for its peak memory: ours|trl, and fixed|spread."""
+
+
+PHASES = ("sample", "reward", "learn")
+
+
+class Ours:
+    """Our side of a comparison: steps of `rl_train` on given prompts."""
+
+    def __init__(self, args: rl_train.Args, pattern: Pattern, dtype: torch.dtype):
+        self.args, self.pattern, self.dtype = args, pattern, dtype
+        self.model, _ = load_model(args.model, "cpu")
+        self.reference, _ = load_model(args.model, "cpu")
+        self.reference.requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=args.adam_eps, weight_decay=0.0, fused=True
+        )
+        self.step, self.beta = 0, args.beta
+
+    def run(self, prompts: list[str], reward) -> dict[str, float]:
+        """One step. Figures: seconds, and of each phase, tokens (of the responses)."""
+        self.step += 1
+        args, clock = self.args, time.perf_counter()
+        batch = rollout(
+            self.model, self.pattern, prompts, args.k, seed=(args.seed, self.step), temperature=1.0, dtype=self.dtype,
+            max_new_tokens=args.max_new_tokens,
+        )  # fmt: skip
+        sampled = time.perf_counter()
+        rewards = torch.tensor(reward(rl_train.samples_of(batch))).view(-1, args.k)
+        scored = time.perf_counter()
+        _, learnt = rl_train.learn(
+            self.model, self.reference, self.optimizer, batch, rewards, self.beta, self.step, args, self.pattern, self.dtype
+        )
+        self.beta = rl_train.adapt_beta(self.beta, learnt["objective/kl"], args.kl_target)
+        done = time.perf_counter()
+        times = dict(zip(PHASES, (sampled - clock, scored - sampled, done - scored), strict=True))
+        return {"seconds": done - clock, "tokens": batch.response_tokens(), **times}
+
+
+def compare(args: Args, lengths: str, sides: tuple[str, ...] = ("ours", "trl")) -> dict[str, list[dict[str, float]]]:
+    """Figures of every step of each side, the first left out."""
+    reward, steps = Reward.load(args.data), args.steps + 1
+    _, tokenizer = load_model(args.model, "cpu")
+    pattern = Pattern(tokenizer)
+    context = 768 if lengths == "spread" else 10**6
+    prompts = [p for p in load_prompts(args.data, "train") if len(pattern.prefix(p)) <= 64][: steps * args.prompts]
+    if lengths == "fixed":
+        pattern.eos_id = -1  # never drawn: every sample runs to the cap
+        most = args.new_tokens
+    else:
+        most = 160 if args.quick else context - 64
+
+    def rewards_of(samples: list[Sample]) -> list[float]:
+        if lengths == "fixed":  # samples that may not end are scored as if they had
+            samples = [replace(sample, finished=True, verdict=None) for sample in samples]
+        return [score.reward for score in reward(samples, 200.0)]
+
+    recipe = rl_train.RECIPES["demo"]
+    settings = rl_train.Args(
+        model=args.model, prompts=args.prompts, k=args.k, lr=recipe.lr, micro_tokens=recipe.micro_tokens, max_new_tokens=most
+    )
+    dtype = pick_dtype("auto", "cpu")
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    mine = Ours(settings, pattern, dtype) if "ours" in sides else None
+
+    def our_step(step: int, _=None) -> None:
+        if mine:
+            found["ours"].append(mine.run(prompts[(step - 1) * args.prompts : step * args.prompts], rewards_of))
+
+    if "trl" in sides:
+        with tempfile.TemporaryDirectory() as out:
+            found["trl"] = run_trl(
+                "grpo", args.model, prompts, rewards_of, steps=steps, k=args.k, minibatches=settings.minibatches,
+                max_new_tokens=most, min_new_tokens=most if lengths == "fixed" else None, lr=settings.lr,
+                warmup=settings.warmup, beta=settings.beta, seed=0, out=out, dtype=dtype, after_step=our_step,
+            )  # fmt: skip
+    else:
+        for step in range(1, steps + 1):
+            our_step(step)
+    return {side: figures[1:] for side, figures in found.items()}
+
+
+def peak_gb(args: Args, side: str) -> float:
+    """Peak memory of one side alone, GB."""
+    command = [
+        sys.executable,
+        __file__,
+        "--data",
+        args.data,
+        "--model",
+        args.model,
+        "--prompts",
+        args.prompts,
+        "--k",
+        args.k,
+    ]
+    command += ["--new-tokens", args.new_tokens, "--steps", 1, "--only", side, "spread"] + (
+        ["--quick"] if args.quick else []
+    )
+    done = subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])["peak_gb"]
+
+
+def arithmetic_seconds(model, tokens: float, rate: float) -> float:
+    """What a step's matrix products take at `rate` FLOP/s: sampling, old and reference forwards, a forward and a backward."""
+    table = model.get_output_embeddings().weight
+    blocks = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and ".h." in name)
+    passes = 1 + 1 + 1 + 3
+    return (
+        2 * tokens * (blocks * passes + table.numel() * (passes + 1)) / rate
+    )  # the head's logits are made twice in learning
+
+
+def matmul_rate() -> float:
+    """FLOP/s of a large fp32 matrix product, the best of ten."""
+    a, b = torch.randn(2048, 1024), torch.randn(1024, 2048)
+    best = min(timed(lambda: a @ b) for _ in range(10))
+    return 2 * 2048 * 1024 * 2048 / best
+
+
+def timed(call) -> float:
+    clock = time.perf_counter()
+    call()
+    return time.perf_counter() - clock
+
+
+def main(args: Args) -> None:
+    if args.quick:
+        args = replace(args, prompts=4, new_tokens=64, steps=2)
+    if args.only:
+        side, lengths = args.only
+        compare(args, lengths, (side,))
+        print(json.dumps({"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
+        return
+    model, _ = load_model(args.model, "cpu")
+    rate, figures = matmul_rate(), {}
+    print(
+        f"{torch.get_num_threads()} threads, {args.prompts} x {args.k} samples a step, matrix products {rate / 1e9:.0f} GFLOP/s"
+    )
+    print(f"{'':8} {'':6} {'s/step min':>10} {'median':>8} {'max':>8} {'tokens/s':>9}   phases, s")
+    for lengths in ("fixed", "spread"):
+        found = compare(args, lengths)
+        for side, steps in found.items():
+            seconds, tokens = [s["seconds"] for s in steps], statistics.mean(s["tokens"] for s in steps)
+            middle = statistics.median(seconds)
+            keys = PHASES if side == "ours" else ("generate_s", "reward_s")
+            phases = ", ".join(f"{key} {statistics.median(s[key] for s in steps):.2f}" for key in keys)
+            print(
+                f"{lengths:8} {side:6} {min(seconds):10.2f} {middle:8.2f} {max(seconds):8.2f} {tokens / middle:9.0f}   {phases}"
+            )
+            if side == "ours":
+                share = arithmetic_seconds(model, tokens, rate) / middle
+                print(f"{'':8} {'':6} {share:.0%} of the time is what the matrix products take")
+        middles = {side: statistics.median(s["seconds"] for s in steps) for side, steps in found.items()}
+        figures[f"ratio_{lengths}"] = middles["trl"] / middles["ours"]
+    peaks = {"peak_gb": peak_gb(args, "ours"), "peak_gb_peer": peak_gb(args, "trl")}
+    print(f"peak memory, GB: ours {peaks['peak_gb']:.2f}, TRL {peaks['peak_gb_peer']:.2f}")
+    print(json.dumps({"bench": "rl_step", **figures, **peaks, "threads": torch.get_num_threads(), "cores": os.cpu_count()}))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
