@@ -135,11 +135,11 @@ def main(args: Args) -> None:
             sides=["ours", "grpo"],
             seeds=[0],
             steps=2,
-            prompts=4,
+            prompts=2,
             k=4,
             eval_every=2,
             eval_prompts=16,
-            max_new_tokens=96,
+            max_new_tokens=300,
         )
     reward = Reward.load(args.data)
     runs: dict[str, list] = {side: [] for side in args.sides}
