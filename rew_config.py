@@ -24,7 +24,8 @@ class Correlation:
     weight: float = 0.5
     """Weight of the part, 0 to 1 before scaling."""
     think_story: float = 0.5
-    """Share of the outline's recall by the story: does the story carry out its plan."""
+    """Share of the outline's recall by the story: does the story carry out its plan. A word of the story answers as far as it
+    belongs where it stands (storygen/replaced.py)."""
     prompt_think: float = 0.25
     """Share of the prompt's recall by the outline: is the plan about the prompt."""
     prompt_story: float = 0.25

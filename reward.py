@@ -129,7 +129,10 @@ class Reward:
             raw |= home_measures(self.calibration.probe, self.encoder, self.capped, text["think"], text["story"])
             for pair in PAIRS:
                 reference, candidate = pair.split("_")
-                raw |= self.recalls(pair, text[reference], text[candidate], self.panels[reference])
+                answer = text[candidate]
+                if pair == "think_story":  # a plan is not carried out by words that were thrown in
+                    answer = self.calibration.probe.discounted(answer, self.encoder)
+                raw |= self.recalls(pair, text[reference], answer, self.panels[reference])
             raws.append(raw)
         return raws
 
@@ -363,7 +366,8 @@ def explain(args: Explain) -> None:
     reward, sample, console = Reward.load(args.data, args.reward), sample_of(rows[args.row - 1]), Console()
     score = reward([sample], target_of(args, reward))[0]
     off = {name for name in GUARDS if not getattr(args.reward.guards, name).on}
-    found = list(answered(reward.encoder, sample.think, sample.story, reward.token_table, args.reward.correlation.tf))
+    probe, tf = reward.calibration.probe, args.reward.correlation.tf
+    found = list(answered(reward.encoder, probe, sample.think, sample.story, reward.token_table, tf))
     console.print(f"reward {score.reward:.3f}   verdict {score.verdict}", style="bold")
     console.print(sample.prompt, style="italic", markup=False)
     if score.verdict == "ok":
@@ -375,10 +379,7 @@ def explain(args: Explain) -> None:
             table.add_row(name + (" *" if name in off else ""), f"{value:.3f}", "")
         console.print(table, measures(reward.calibration, score.raw), answers(found))
     if args.html:
-        odd = {
-            field: misplaced(reward.encoder, reward.calibration.probe, getattr(sample, field))
-            for field in ("think", "story")
-        }
+        odd = {field: misplaced(reward.encoder, probe, getattr(sample, field)) for field in ("think", "story")}
         write_page(
             args.html, sample, score, found, misplaced=odd, weights=reward.weights, switched_off=off, recall_keys=reward.recall_keys(),
             calibration=reward.calibration,

@@ -167,7 +167,7 @@ def calibrate(
     coded = {field: encoder.embed([row[field] for row in paired]) for field in ("prompt", "think", "story")}
     homes = [home_measures(probe, encoder, tables[True], x, y) for x, y in zip(coded["think"], coded["story"], strict=True)]
     values |= {key: [home[key] for home in homes] for key in homes[0]}
-    chance, human = correlation_curves(paired, coded, panel, encoder, tables, rng)
+    chance, human = correlation_curves(paired, coded, panel, encoder, probe, tables, rng)
     return Calibration(
         n={"rows": len(rows), "stories": len(texts), "encoded": len(paired)},
         seed=seed,
@@ -234,6 +234,7 @@ def correlation_curves(
     coded: dict[str, list[Embedded]],
     panel: list[dict[str, str]],
     encoder: Encoder,
+    probe: Probe,
     tables: dict[bool, np.ndarray],
     rng: random.Random,
 ) -> tuple[dict[str, Curve], dict[str, Curve]]:
@@ -242,13 +243,15 @@ def correlation_curves(
     b: the reference of one row against texts of other rows, cut or joined to n words. h = b + g, where g is the human gain
     of true pairs over the panel's chance level, fitted as a line in ln n and held outside the 5th to 95th percentile of
     human lengths: what a length that no human wrote should earn is not known, so as much as the nearest human one.
-    coded: {field: texts of `rows`}. tables: {capped: (vocab,)}.
+    coded: {field: texts of `rows`}. tables: {capped: (vocab,)}. The outline's recall is by the story as `probe` discounts it.
     """
     others_text = {field: encoder.embed([row[field] for row in panel]) for field in ("prompt", "think")}
     chance, human = {}, {}
     for pair in PAIRS:
         reference, candidate = pair.split("_")
         x, y = coded[reference], coded[candidate]
+        if pair == "think_story":
+            y = [probe.discounted(text, encoder) for text in y]
         lengths = [len(ts.words(row[candidate])) for row in rows]
         tokens_per_word = sum(len(e.ids) for e in y) / max(1, sum(lengths))
         grid = np.unique(np.geomspace(5, 4 * max(lengths), 16).round().astype(int))

@@ -51,6 +51,10 @@ class Probe:
         belongs[len(belongs) - len(encoder.suffix) :] = 1.0
         return belongs
 
+    def discounted(self, text: Embedded, encoder: Encoder) -> Embedded:
+        """The text as one that answers only as far as it belongs: every token's cosines are multiplied by its `belongs`."""
+        return Embedded(text.ids, text.vectors * self.belongs(text, encoder)[:, None]) if len(text.ids) else text
+
     def home(self, text: Embedded, encoder: Encoder, weights: np.ndarray) -> float:
         """Geometric mean of `belongs` over the tokens of a text, by weights (n,); 0 where nothing weighs anything.
 

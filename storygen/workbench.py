@@ -52,7 +52,8 @@ KINDS = {str: "string", bool: "boolean", float: "number", dict: "JSON object"}
 class Answer:
     """An outline word and the story word that its heaviest piece matches best. Starts are character offsets.
 
-    similarity: mean cosine of the word's pieces with their best matches, by weight. weight: its share of the outline's.
+    similarity: mean cosine of the word's pieces with their best matches, times how far those belong, by weight. weight: its
+    share of the outline's.
     """
 
     start: int
@@ -63,9 +64,10 @@ class Answer:
     weight: float
 
 
-def answered(encoder: Encoder, think: str, story: str, table: np.ndarray, tf: Tf) -> Iterator[Answer]:
+def answered(encoder: Encoder, probe: Probe, think: str, story: str, table: np.ndarray, tf: Tf) -> Iterator[Answer]:
     """Which story word answered each content word of the outline."""
     x, y = encoder.embed([think, story])
+    y = probe.discounted(y, encoder)
     if not len(x.ids) or not len(y.ids):
         return
     near = (x.vectors @ y.vectors.T).max(dim=1)
