@@ -133,90 +133,91 @@ class ForeignSamples(RuntimeError):
     """The sampler drew from another law than the one that is trained."""
 
 
-def update(
-    model, optimizer, batch: Rollout, old, ref, advantage: list[float], beta: float, step: int, args: Args, pattern, dtype
-):
-    """The clipped gradient steps on one rollout. Returns metrics; a minibatch whose gradient is not finite is skipped."""
-    generator = np.random.default_rng((args.seed, step, 1))
+def learn(
+    model, reference, optimizer, batch: Rollout, rewards: torch.Tensor, beta: float, step: int, args: Args, pattern, dtype
+) -> tuple[list[float], dict[str, float]]:
+    """The clipped gradient steps on one rollout, from rewards (prompts, k). Returns every sample's advantage, and metrics.
+
+    A minibatch whose gradient is not finite is skipped. Raises `ForeignSamples`, before any weight has changed, where the
+    samples are not the policy's.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * min(1.0, step / args.warmup)
+    advantage = advantages(rewards, args.advantage).flatten().tolist()
+    law = {"temperature": args.temperature, "dtype": dtype}
+    generator, lengths = np.random.default_rng((args.seed, step, 1)), [len(row) for row in batch.rows]
+
+    def micro_batches(members: list[int]) -> list[list[int]]:
+        """Of rows that go through the model together."""
+        return [
+            [members[m] for m in micro] for micro in token_budget_batches([lengths[i] for i in members], args.micro_tokens)
+        ]
+
+    parts = [
+        [int(g) * args.k + j for g in sorted(part) for j in range(args.k)]
+        for _ in range(args.epochs)
+        for part in np.array_split(generator.permutation(len(rewards)), args.minibatches)
+    ]
+    # The first minibatch meets the policy that sampled it: its own forward pass gives its old log-probabilities.
+    later = [i for part in parts[1 : args.minibatches] for i in part]
+    old = rollout_logps(model, pattern, batch, micro_batches(later), **law)
+    ref = rollout_logps(reference, pattern, batch, micro_batches(range(len(lengths))), **law)
+    sampled = batch.sampler_logps.split([length - start for length, start in zip(lengths, batch.starts, strict=True)])
+
     totals = {"approx_kl": 0.0, "clipped": 0.0, "loss": 0.0, "tokens": 0, "skipped": 0, "updates": 0, "grad_norm": 0.0}
-    groups = len(batch.rows) // args.k
-    stopped = False
-    for _ in range(args.epochs):
-        for part in np.array_split(generator.permutation(groups), args.minibatches):
-            members = [int(g) * args.k + j for g in sorted(part) for j in range(args.k)]
-            lengths = [len(batch.rows[i]) for i in members]
-            tokens = sum(len(batch.rows[i]) - batch.starts[i] for i in members)
-            approx_kl = 0.0
-            for micro in token_budget_batches(lengths, args.micro_tokens):
-                chosen = [members[m] for m in micro]
-                rows, starts = [batch.rows[i] for i in chosen], [batch.starts[i] for i in chosen]
-                logps = response_logps(
-                    model, rows, starts, pattern.pad_id, dtype=dtype, temperature=args.temperature, vocabulary=pattern.size
+    gap = 0.0
+    for number, members in enumerate(parts):
+        tokens = sum(lengths[i] - batch.starts[i] for i in members)
+        approx_kl = 0.0
+        for micro in micro_batches(members):
+            rows, starts = [batch.rows[i] for i in micro], [batch.starts[i] for i in micro]
+            logps = response_logps(model, rows, starts, pattern.pad_id, vocabulary=pattern.size, **law)
+            if number == 0:
+                for i, logp in zip(micro, logps.detach().split([len(sampled[i]) for i in micro]), strict=True):
+                    old[i] = logp
+            old_logps, ref_logps = torch.cat([old[i] for i in micro]), torch.cat([ref[i] for i in micro])
+            per_token = torch.cat([torch.full_like(ref[i], advantage[i]) for i in micro])
+            loss, stats = policy_loss(
+                logps, old_logps, ref_logps, per_token, tokens, beta=beta,
+                clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip,
+            )  # fmt: skip
+            loss.backward()
+            approx_kl += stats.approx_kl
+            totals["clipped"] += stats.clipped
+            totals["loss"] += stats.loss
+        if number == 0:
+            gap = (torch.cat(old) - batch.sampler_logps).abs().mean().item()
+            if not gap <= GAP_LIMIT[dtype]:
+                optimizer.zero_grad()
+                raise ForeignSamples(
+                    f"the sampler's log-probabilities are {gap:.1e} nats a token from the training forward's, over "
+                    f"{GAP_LIMIT[dtype]:.0e}: the samples are not the policy's; try --precision fp32"
                 )
-                old_logps, ref_logps = torch.cat([old[i] for i in chosen]), torch.cat([ref[i] for i in chosen])
-                per_token = torch.cat([torch.full_like(old[i], advantage[i]) for i in chosen])
-                loss, stats = policy_loss(
-                    logps, old_logps, ref_logps, per_token, tokens, beta=beta,
-                    clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip,
-                )  # fmt: skip
-                loss.backward()
-                approx_kl += stats.approx_kl
-                totals["clipped"] += stats.clipped
-                totals["loss"] += stats.loss
-            totals["approx_kl"] += approx_kl
-            totals["tokens"] += tokens
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
-            if not math.isfinite(norm):
-                totals["skipped"] += 1
-            elif approx_kl / tokens > args.kl_stop:
-                stopped = True
-            else:
-                optimizer.step()
-                totals["updates"] += 1
-                totals["grad_norm"] = max(totals["grad_norm"], norm)
-            optimizer.zero_grad()
-            if stopped:
-                break
-        if stopped:
+        totals["approx_kl"] += approx_kl
+        totals["tokens"] += tokens
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+        too_far = approx_kl / tokens > args.kl_stop
+        if not math.isfinite(norm):
+            totals["skipped"] += 1
+        elif not too_far:
+            optimizer.step()
+            totals["updates"] += 1
+            totals["grad_norm"] = max(totals["grad_norm"], norm)
+        optimizer.zero_grad()
+        if too_far:
             break
-    return {
+    drift = (torch.cat(old) - torch.cat(ref)).clamp(-20, 20)
+    return advantage, {
+        "objective/reward_std": rewards.std().item(),
+        "objective/kl": (torch.exp(-drift) - 1 + drift).mean().item(),
+        "objective/entropy": -torch.cat(old).mean().item(),
+        "objective/beta": beta,
         "policy/loss": totals["loss"] / max(1, totals["updates"]),
         "policy/approx_kl": totals["approx_kl"] / totals["tokens"],
         "policy/clipfrac": totals["clipped"] / totals["tokens"],
         "policy/grad_norm": totals["grad_norm"],
         "policy/updates": totals["updates"],
         "policy/skipped": totals["skipped"],
-    }
-
-
-def learn(
-    model, reference, optimizer, batch: Rollout, rewards: torch.Tensor, beta: float, step: int, args: Args, pattern, dtype
-) -> tuple[list[float], dict[str, float]]:
-    """From a rollout and its rewards (prompts, k) to new weights. Returns every sample's advantage, and metrics.
-
-    Raises `ForeignSamples`, before anything has changed, where the samples are not the policy's.
-    """
-    law = {"temperature": args.temperature, "dtype": dtype}
-    micro = token_budget_batches([len(row) for row in batch.rows], args.micro_tokens)
-    old = rollout_logps(model, pattern, batch, micro, **law)
-    gap = (torch.cat(old) - batch.sampler_logps).abs().mean().item()
-    if not gap <= GAP_LIMIT[dtype]:
-        raise ForeignSamples(
-            f"the sampler's log-probabilities are {gap:.1e} nats a token from the training forward's, over "
-            f"{GAP_LIMIT[dtype]:.0e}: the samples are not the policy's; try --precision fp32"
-        )
-    ref = rollout_logps(reference, pattern, batch, micro, **law)
-    drift = (torch.cat(old) - torch.cat(ref)).clamp(-20, 20)
-    for group in optimizer.param_groups:
-        group["lr"] = args.lr * min(1.0, step / args.warmup)
-    advantage = advantages(rewards, args.advantage).flatten().tolist()
-    stats = update(model, optimizer, batch, old, ref, advantage, beta, step, args, pattern, dtype)
-    return advantage, {
-        "objective/reward_std": rewards.std().item(),
-        "objective/kl": (torch.exp(-drift) - 1 + drift).mean().item(),
-        "objective/entropy": -torch.cat(old).mean().item(),
-        "objective/beta": beta,
-        **stats,
         "policy/lr": optimizer.param_groups[0]["lr"],
         "policy/sampler_gap": gap,
     }

@@ -46,9 +46,21 @@ class _Decoder:
         self.positions = model.transformer.wpe.weight.detach().to(dtype)
         # A transposed copy: at a few rows the product is bound by memory, and this order reads it in one sweep.
         self.head = model.lm_head.weight.detach()[:vocabulary].to(dtype).t().contiguous()
-        shape = (config.n_layer, slots, self.heads, length, config.n_embd // self.heads)
-        self.keys = torch.zeros(shape, dtype=dtype, device=model.device)
-        self.values = torch.zeros(shape, dtype=dtype, device=model.device)
+        self.cells = (slots, self.heads, length)
+        self.keys = [self._cache(dtype, model) for _ in self.blocks]
+        self.values = [self._cache(dtype, model) for _ in self.blocks]
+
+    def _cache(self, dtype: torch.dtype, model: GPT2LMHeadModel) -> torch.Tensor:
+        """Zeros (slots * heads * length, head width): what is masked out is multiplied by zero, so it must be a number."""
+        slots, heads, length = self.cells
+        shape = (slots * heads * length, model.config.n_embd // heads)
+        if model.device.type == "cpu" and dtype == torch.float32:
+            return torch.from_numpy(np.zeros(shape, dtype=np.float32))  # memory that is not used is never touched
+        return torch.zeros(shape, dtype=dtype, device=model.device)
+
+    def _cells(self, cache: torch.Tensor) -> torch.Tensor:
+        """(slots, heads, length, head width)"""
+        return cache.view(*self.cells, -1)
 
     def _norm(self, x: torch.Tensor, parameters: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return F.layer_norm(x, x.shape[-1:], *parameters, self.eps)
@@ -79,23 +91,29 @@ class _Decoder:
         return (x[0, -1] @ self.head).float(), torch.stack(keys), torch.stack(values)
 
     def place(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.keys[:, slot, :, : keys.shape[2]] = keys
-        self.values[:, slot, :, : values.shape[2]] = values
+        for cache, new in ((self.keys, keys), (self.values, values)):
+            for layer, one in enumerate(cache):
+                self._cells(one)[slot, :, : new.shape[2]] = new[layer]
 
     def move(self, source: int, target: int, length: int) -> None:
-        self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
-        self.values[:, target, :, :length] = self.values[:, source, :, :length]
+        for cache in (*self.keys, *self.values):
+            cells = self._cells(cache)
+            cells[target, :, :length] = cells[source, :, :length]
 
     def step(self, tokens: torch.Tensor, positions: torch.Tensor, longest: int) -> torch.Tensor:
         """One token for each of the first n slots, at its own position: logits (n, vocabulary). `longest` = max position + 1."""
         n = len(tokens)
-        rows = torch.arange(n, device=tokens.device)
-        mask = (torch.arange(longest, device=tokens.device) <= positions[:, None])[:, None, None]
+        device = tokens.device
+        _, heads, length = self.cells
+        cell = (torch.arange(n, device=device)[:, None] * heads + torch.arange(heads, device=device)) * length
+        cell = (cell + positions[:, None]).flatten()
+        mask = torch.zeros(n, 1, 1, longest, dtype=self.tokens.dtype, device=device)
+        mask.masked_fill_((torch.arange(longest, device=device) > positions[:, None])[:, None, None], -torch.inf)
 
         def attend(layer, q, k, v):
-            self.keys[layer, rows, :, positions] = k[:, :, 0]
-            self.values[layer, rows, :, positions] = v[:, :, 0]
-            keys, values = self.keys[layer, :n, :, :longest], self.values[layer, :n, :, :longest]
+            self.keys[layer].index_copy_(0, cell, k.reshape(n * heads, -1))
+            self.values[layer].index_copy_(0, cell, v.reshape(n * heads, -1))
+            keys, values = (self._cells(cache[layer])[:n, :, :longest] for cache in (self.keys, self.values))
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
         x = self.tokens[tokens] + self.positions[positions]
@@ -106,17 +124,20 @@ def _draw(
     logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse-CDF sampling, one token a row from one uniform a row, and its log-probability under the law drawn from."""
-    logps = (logits / temperature).log_softmax(-1)
+    if temperature != 1.0:
+        logits = logits / temperature
     if top_p < 1.0:
-        ordered, index = logps.sort(-1, descending=True)
+        ordered, index = logits.log_softmax(-1).sort(-1, descending=True)
         mass = ordered.exp().cumsum(-1)
         # The nucleus (Holtzman et al., arXiv 1904.09751) holds the token that crosses top_p.
         ordered = ordered.masked_fill(mass - ordered.exp() >= top_p, -torch.inf)
-        logps = torch.empty_like(logps).scatter_(-1, index, ordered).log_softmax(-1)
-    cdf = logps.exp().cumsum(-1)
+        logits = torch.empty_like(logits).scatter_(-1, index, ordered)
+    shifted = logits - logits.amax(-1, keepdim=True)
+    weights = shifted.exp()
+    cdf = weights.cumsum(-1)
     # right=True: the first entry above the draw, which a token of probability zero never is.
     chosen = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)
-    return chosen[:, 0], logps.gather(-1, chosen)[:, 0]
+    return chosen[:, 0], shifted.gather(-1, chosen)[:, 0] - weights.sum(-1).log()
 
 
 @torch.no_grad()

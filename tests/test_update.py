@@ -6,12 +6,14 @@ import dataclasses
 import pytest
 import torch
 
-from rl_train import Args, update
-from storygen.rollout import rollout, rollout_logps
+from rl_train import Args, ForeignSamples, learn
+from storygen.rollout import rollout
 
 PROMPTS = ["A dog.", "A lamp that was lit every night.", "Rain.", "The sea rose."]
 ADVANTAGES = [1.0, -0.5, 0.2, -1.5, 0.7, 0.0, -0.3, 0.4]
-ARGS = Args(prompts=4, k=2, minibatches=1, micro_tokens=10_000, max_grad_norm=1e9, kl_stop=1e9)
+ARGS = Args(
+    prompts=4, k=2, advantage="raw", lr=0.1, warmup=1, minibatches=1, micro_tokens=10_000, max_grad_norm=1e9, kl_stop=1e9
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +23,19 @@ def batch(tiny):
 
 
 def updated(tiny, batch, advantages=ADVANTAGES, beta=0.0, **settings):
-    """Weights after one `update` by plain gradient descent, from the fixture's model as policy and reference; its metrics."""
+    """Weights after `learn` by plain gradient descent, from the fixture's model as policy and reference; its metrics."""
     model, _, pattern = tiny
     policy = copy.deepcopy(model)
-    logps = rollout_logps(model, pattern, batch, [[i] for i in range(len(batch.rows))], temperature=1.0, dtype=torch.float32)
-    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     args = dataclasses.replace(ARGS, **settings)
-    stats = update(policy, optimizer, batch, logps, logps, advantages, beta, 1, args, pattern, torch.float32)
-    return torch.cat([p.detach().flatten() for p in policy.parameters()]), stats
+    rewards = torch.tensor(advantages).view(4, 2)
+    given, stats = learn(policy, model, optimizer, batch, rewards, beta, 1, args, pattern, torch.float32)
+    assert given == pytest.approx(advantages, nan_ok=True)
+    return flat(policy), stats
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def test_one_epoch_and_minibatch_is_reinforce(tiny, batch):
@@ -42,7 +49,7 @@ def test_one_epoch_and_minibatch_is_reinforce(tiny, batch):
     (-torch.cat(terms).mean()).backward()
     expected = torch.cat([(p - 0.1 * p.grad).detach().flatten() for p in plain.parameters()])
     weights, stats = updated(tiny, batch, beta=0.5)  # at the reference itself the KL's gradient is zero
-    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    start = flat(model)
     assert (expected - start).norm() > 0.01
     assert ((weights - expected).norm() / (expected - start).norm()).item() < 1e-3
     assert stats["policy/approx_kl"] == pytest.approx(0, abs=1e-6) and stats["policy/clipfrac"] == 0
@@ -59,10 +66,31 @@ def test_micro_batches_do_not_change_the_step(tiny, batch, micro_tokens):
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tiny, batch):
     weights, stats = updated(tiny, batch, [float("nan"), *ADVANTAGES[1:]])
     assert stats["policy/skipped"] == 1 and stats["policy/updates"] == 0
-    assert torch.equal(weights, torch.cat([p.detach().flatten() for p in tiny[0].parameters()]))
+    assert torch.equal(weights, flat(tiny[0]))
 
 
 def test_a_step_that_moves_too_far_stops(tiny, batch):
     """The second pass sees KL(old || new) over the limit and is left out; within the limit both passes count."""
     assert updated(tiny, batch, epochs=2)[1]["policy/updates"] == 2
     assert updated(tiny, batch, epochs=2, kl_stop=1e-9)[1]["policy/updates"] == 1
+
+
+def test_old_log_probabilities_are_those_before_the_first_step(tiny, batch):
+    """Two minibatches: the second meets weights that the first has moved, and its ratios say so."""
+    _, one = updated(tiny, batch)
+    _, two = updated(tiny, batch, minibatches=2)
+    assert two["policy/updates"] == 2 and two["policy/approx_kl"] > 1e-5
+    for key in ("objective/entropy", "objective/kl", "policy/sampler_gap"):
+        assert two[key] == pytest.approx(one[key], abs=1e-5)
+
+
+def test_samples_of_another_policy_are_refused_before_anything_changes(tiny, batch):
+    model, _, pattern = tiny
+    policy = copy.deepcopy(model)
+    with torch.no_grad():
+        policy.transformer.h[0].mlp.c_fc.weight.mul_(1.1)
+    before = flat(policy)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    with pytest.raises(ForeignSamples, match="nats a token"):
+        learn(policy, model, optimizer, batch, torch.rand(4, 2), 0.1, 1, ARGS, pattern, torch.float32)
+    assert torch.equal(before, flat(policy)) and all(p.grad is None for p in policy.parameters())

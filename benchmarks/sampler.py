@@ -1,0 +1,195 @@
+"""How fast does the sampler write, beside `generate` of transformers?
+
+    python benchmarks/sampler.py --model artifacts/zeroshot [--gpt2-tokenizer FOLDER] [--quick]
+
+Same model, prompts (of unequal length, left-padded for `generate`), law (temperature 1, nothing cut off), arithmetic and threads, in
+one process, in turn. `fixed`: every row has `--new-tokens` tokens. `spread`: rows end where they end; `generate` carries its
+finished rows along until the last one has ended. Models: the one given, and with --gpt2-tokenizer a GPT-2 124M of random
+weights, whose end token is made likely enough that rows have 150 tokens on average.
+
+ratio_b1, ratio_b32_fixed, ratio_b32_spread   `generate`'s seconds over ours, medians, for --model (`gpt2_…`: for GPT-2)
+roofline_b32                                  share of our time, at batch 32 and fixed length, that arithmetic or memory traffic
+                                              alone would take at the rates of a large product and a large copy here
+"""
+
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import tyro
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+from storygen.checkpoint import load_model
+from storygen.cli import pick_device
+from storygen.corpus import load_prompts
+from storygen.logprobs import autocast, pick_dtype
+from storygen.pattern import Pattern, add_pattern_tokens
+from storygen.sampler import sample
+
+MEAN_LENGTH = 150  # tokens of a row of the random GPT-2, where rows may end
+
+
+@dataclass
+class Args:
+    data: Path = Path("artifacts/data")
+    """Folder made by data_prep.py."""
+    model: str = "artifacts/zeroshot"
+    """Model folder made by pattern_learning.py."""
+    gpt2_tokenizer: Path | None = None
+    """GPT-2's tokenizer; with it a GPT-2 124M of random weights runs too."""
+    batches: list[int] = field(default_factory=lambda: [1, 8, 32, 64])
+    new_tokens: int = 128
+    """Tokens of a row of `fixed`."""
+    longest: int = 640
+    """Cap on a row of `spread`."""
+    rounds: int = 3
+    """Rounds in which either side runs once."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    quick: bool = False
+    """Batches 1 and 32, 48 tokens, spread rows of at most 200, one round."""
+
+
+def random_gpt2(tokenizer_folder: Path) -> tuple[GPT2LMHeadModel, Pattern]:
+    """GPT-2 124M of random weights with the pattern's tokens; `<eos>` has probability 1 / MEAN_LENGTH at every place."""
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    model = GPT2LMHeadModel(GPT2Config()).eval()
+    add_pattern_tokens(model, tokenizer)
+    pattern = Pattern(tokenizer)
+    with torch.no_grad():
+        # A direction that the final norm's bias adds to every state, and that the end token's row alone points along.
+        along = torch.zeros(model.config.n_embd)
+        along[0] = 1.0
+        model.transformer.wte.weight[:, 0] = 0.0
+        model.transformer.ln_f.bias.add_(along)
+        states = model.transformer(torch.arange(200)[None]).last_hidden_state[0]
+        others = (states @ model.transformer.wte.weight.T)[:, : pattern.size].logsumexp(-1).mean()
+        model.transformer.wte.weight[pattern.eos_id] = (others - math.log(MEAN_LENGTH - 1)) * along / states[:, 0].mean()
+    return model, pattern
+
+
+def by_generate(
+    model: PreTrainedModel, pattern: Pattern, prefixes: list[list[int]], most: int, fixed: bool, dtype: torch.dtype
+) -> int:
+    """Response tokens that `generate` wrote."""
+    width = max(map(len, prefixes))
+    ids = torch.tensor([[pattern.pad_id] * (width - len(p)) + p for p in prefixes], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prefixes], device=model.device)
+    with torch.no_grad(), autocast(model.device, dtype):
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=most,
+            min_new_tokens=most if fixed else None, eos_token_id=pattern.eos_id, pad_token_id=pattern.pad_id,
+        )[:, width:]  # fmt: skip
+    ended = (out == pattern.eos_id).cumsum(1) - (out == pattern.eos_id).long()
+    return int((ended == 0).sum())
+
+
+def by_us(model, pattern: Pattern, prompts: list[list[int]], k: int, most: int, fixed: bool, dtype, seed: int) -> int:
+    """Response tokens that our sampler wrote: `k` of each prompt."""
+    eos = -1 if fixed else pattern.eos_id  # -1: an end that is never drawn
+    drawn = sample(
+        model, prompts, k, eos_id=eos, vocabulary=pattern.size, seed=seed, max_new_tokens=most, dtype=dtype, max_rows=64
+    )
+    return sum(len(one.ids) for row in drawn for one in row)
+
+
+def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """FLOP/s of a large matrix product and bytes/s of a large read, the best of ten."""
+    a, b = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
+    large = torch.randn(2**26, device=device)
+
+    def best(call: Callable[[], torch.Tensor]) -> float:
+        times = []
+        for _ in range(10):
+            clock = time.perf_counter()
+            call().flatten()[0].item()  # waits for a GPU
+            times.append(time.perf_counter() - clock)
+        return min(times)
+
+    return 2 * 2048**3 / best(lambda: a @ b), large.numel() * 4 / best(large.sum)
+
+
+def roofline(model: PreTrainedModel, pattern: Pattern, rows: int, prefix: float, new: int, dtype: torch.dtype) -> float:
+    """Seconds that `new` tokens for each of `rows` rows take at least: products, or reading weights and cache, by step."""
+    flops, traffic = rates(model.device, dtype)
+    width, size = model.config.n_embd, torch.finfo(dtype).bits / 8
+    weights = sum(p.numel() for name, p in model.named_parameters() if ".h." in name) + pattern.size * width
+    total = 0.0
+    for t in range(new):
+        cache = 2 * model.config.n_layer * width * (prefix + t)
+        total += max(2 * rows * (weights + cache) / flops, size * (weights + rows * cache) / traffic)
+    return total
+
+
+def in_turn(
+    model, pattern: Pattern, prompts: list[list[int]], k: int, most: int, fixed: bool, dtype: torch.dtype, rounds: int
+) -> dict[str, list[float]]:
+    """Tokens/s of ours and of `generate` in every round, on `k` rows of each prompt."""
+    prefixes = [p for p in prompts for _ in range(k)]
+    sides = {
+        "ours": lambda new, seed: by_us(model, pattern, prompts, k, new, fixed, dtype, seed),
+        "generate": lambda new, seed: by_generate(model, pattern, prefixes, new, fixed, dtype),
+    }
+    speed: dict[str, list[float]] = {side: [] for side in sides}
+    for side in sides.values():
+        side(4, 0)
+    for seed in range(rounds):
+        torch.manual_seed(seed)
+        for name, side in sides.items():
+            clock = time.perf_counter()
+            wrote = side(most, seed)
+            speed[name].append(wrote / (time.perf_counter() - clock))
+    return speed
+
+
+def measure(name: str, model: PreTrainedModel, pattern: Pattern, args: Args, dtype: torch.dtype) -> dict[str, float]:
+    figures = {}
+    prompts = [pattern.prefix(p) for p in load_prompts(args.data, "validation")]
+    prompts = [p for p in prompts if len(p) <= 64]
+    for batch in args.batches:
+        k = min(batch, 8)
+        few = prompts[: batch // k]
+        for kind, most in (("fixed", args.new_tokens), ("spread", args.longest)):
+            if kind == "spread" and batch < 32:
+                continue
+            speed = in_turn(model, pattern, few, k, most, kind == "fixed", dtype, args.rounds)
+            spans = [f"{min(one):8.0f} {statistics.median(one):8.0f} {max(one):8.0f}" for one in speed.values()]
+            ratio = statistics.median(speed["ours"]) / statistics.median(speed["generate"])
+            print(f"{name:8} {batch:5} {kind:7} {spans[0]} {spans[1]} {ratio:7.2f}", flush=True)
+            figures["ratio_b1" if batch == 1 else f"ratio_b{batch}_{kind}"] = ratio
+            if batch == 32 and kind == "fixed":
+                least = roofline(model, pattern, 32, statistics.fmean(map(len, few)), most, dtype)
+                figures["roofline_b32"] = least * statistics.median(speed["ours"]) / (32 * most)
+                print(f"{name:8} {batch:5} {'':7} {figures['roofline_b32']:.0%} of our time is the machine's limit")
+    return figures
+
+
+def main(args: Args) -> None:
+    if args.quick:
+        args = replace(args, batches=[1, 32], new_tokens=48, longest=200, rounds=1)
+    device, dtype = pick_device(args.device), pick_dtype("auto", args.device)
+    print(f"{device}, {dtype}, {torch.get_num_threads()} threads; tokens/s")
+    print(
+        f"{'model':8} {'batch':>5} {'':7} {'ours min':>8} {'median':>8} {'max':>8} {'generate':>9} {'median':>8} {'max':>8} {'ratio':>7}"
+    )
+    model, tokenizer = load_model(args.model, device)
+    figures = measure("demo", model, Pattern(tokenizer), args, dtype)
+    if args.gpt2_tokenizer:
+        model, pattern = random_gpt2(args.gpt2_tokenizer)
+        found = measure("gpt2", model.to(device), pattern, args, dtype)
+        figures |= {f"gpt2_{key}": value for key, value in found.items()}
+    print(json.dumps({"bench": "sampler", **figures}))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
