@@ -31,6 +31,7 @@ from storygen.diversity import distinct, self_bleu
 from storygen.logprobs import best_dtype, response_logps
 from storygen.pattern import Pattern, context_length
 from storygen.rollout import rollout
+from storygen.sampler import sample
 from storygen.textstats import repeated_share, words
 
 RESAMPLES = 10_000
@@ -61,6 +62,8 @@ class Args:
     """Divides the logits."""
     length_target: float | None = None
     """Words at which the reward's length part is 1. Default: the human median."""
+    unplanned: bool = True
+    """Also let every model write with the outline forced empty, to see what planning is worth; doubles the sampling."""
     reference: str | None = None
     """A plain language model, such as base_model: the stories' negative log-likelihood under it is reported."""
     device: str = "auto"
@@ -92,34 +95,57 @@ def mean_logps(model, rows: list[list[int]], starts: list[int]) -> np.ndarray:
     return means
 
 
-def outline_worth(model, pattern: Pattern, samples: list[Sample], seed: int) -> tuple[np.ndarray, list[str]]:
-    """How much an outline helps its own story: nats per story token, given its outline less given one of another prompt.
+def outline_worth(model, pattern: Pattern, samples: list[Sample], seed: int) -> tuple[dict[str, np.ndarray], list[str]]:
+    """How much an outline helps its own story: nats per story token, given its outline, less what another condition gives.
 
-    One value for each well-formed sample, and its prompt. Near 0: the model writes its story whatever the plan says. Both
-    rows score the same story tokens, as many as fit the context behind the longer outline.
+    {"other": less an outline of another prompt, "none": less no outline at all}, one value for each well-formed sample, and
+    their prompts. Near 0: the model writes its story whatever the plan says. All conditions score the same story tokens, as
+    many as fit the context behind the longest.
     """
     draw = np.random.default_rng(seed)
     formed = [s for s in samples if s.verdict == "ok"]
-    own_rows, other_rows, kept = [], [], []
+    rows: dict[str, list] = {"own": [], "other": [], "none": []}
+    kept = []
     for s in formed:
         others = [o.think for o in formed if o.prompt != s.prompt]
         if not others:
             continue
-        rows = []
-        for think in (s.think, others[draw.integers(len(others))]):
+        outlines = {"own": s.think, "other": others[draw.integers(len(others))], "none": ""}
+        rows_of = {}
+        for condition, think in outlines.items():
             ids, start = pattern.row(s.prompt, think, s.story)
-            rows.append((ids, ids.index(pattern.story_id, start) + 1))
-        room = context_length(model) - max(start for _, start in rows)
+            rows_of[condition] = (ids, ids.index(pattern.story_id, start) + 1)
+        room = context_length(model) - max(start for _, start in rows_of.values())
         if room < 1:
             continue
-        own, other = ((ids[: start + room], start) for ids, start in rows)
-        own_rows.append(own)
-        other_rows.append(other)
+        for condition, (ids, start) in rows_of.items():
+            rows[condition].append((ids[: start + room], start))
         kept.append(s.prompt)
     if not kept:
-        return np.zeros(0), []
-    means = [mean_logps(model, *map(list, zip(*rows, strict=True))) for rows in (own_rows, other_rows)]
-    return means[0] - means[1], kept
+        return {"other": np.zeros(0), "none": np.zeros(0)}, []
+    means = {condition: mean_logps(model, *map(list, zip(*pairs, strict=True))) for condition, pairs in rows.items()}
+    return {condition: means["own"] - means[condition] for condition in ("other", "none")}, kept
+
+
+def write_unplanned(model, pattern: Pattern, prompts: list[str], args: Args) -> list[str]:
+    """`args.num` stories for each prompt, written right behind an empty outline; "" where the grammar refuses one."""
+    empty = [*pattern.encode("")[1:], pattern.story_id]
+    drawn = sample(
+        model, [pattern.prefix(prompt) + empty for prompt in prompts], args.num, eos_id=pattern.eos_id,
+        vocabulary=pattern.size, seed=args.seed, temperature=args.temperature, dtype=best_dtype(model.device), progress=True,
+    )  # fmt: skip
+    parsed = [pattern.parse(empty + one.ids) for completions in drawn for one in completions]
+    return [p.story if p.verdict == "empty_think" else "" for p in parsed]
+
+
+def story_rewards(reward: Reward, prompts: list[str], stories: list[str], length_target: float) -> list[float]:
+    """Reward of each story by what looks at prompt and story alone; `malformed_score` for an empty one.
+
+    The prompt stands in for the outline, and nothing that looks at an outline counts.
+    """
+    alone = Reward(reward.config.without_outline(), reward.calibration, reward.idf, reward.encoder)
+    samples = [Sample(prompt, prompt, story, True) for prompt, story in zip(prompts, stories, strict=True)]
+    return [score.reward for score in alone(samples, length_target)]
 
 
 def reference_nll(reference, tokenizer, stories: list[str]) -> float | None:
@@ -223,7 +249,12 @@ def table(results: list[dict[str, Any]]) -> Table:
     add("self-BLEU-4", lambda r: number(r["self_bleu_4"]))
     if any(r["reference_nll"] is not None for r in results):
         add("reference NLL, nats", lambda r: number(r["reference_nll"]))
-    add("outline's worth, nats", lambda r: interval(r["outline_worth"]))
+    add("outline's worth over another, nats", lambda r: interval(r["outline_worth"]["other"]))
+    add("outline's worth over none, nats", lambda r: interval(r["outline_worth"]["none"]))
+    if any(r["planned"] is not None for r in results):
+        add("story alone, planned", lambda r: interval(r["planned"]))
+        add("story alone, outline forced empty", lambda r: interval(r["unplanned"]))
+        add("  planned less unplanned", lambda r: interval(r["planning_gain"]))
     return grid
 
 
@@ -256,7 +287,17 @@ def main(args: Args) -> None:
         per_prompt = by_prompt([score.reward for score in scores], [s.prompt for s in samples])
         first = per_prompt if first is None else first
         result["vs_first"] = bootstrap(per_prompt - first, args.seed) if results else None
-        result["outline_worth"] = bootstrap(by_prompt(*outline_worth(model, pattern, samples, args.seed)), args.seed)
+        worths, of = outline_worth(model, pattern, samples, args.seed)
+        result["outline_worth"] = {over: bootstrap(by_prompt(values, of), args.seed) for over, values in worths.items()}
+        result |= {"planned": None, "unplanned": None, "planning_gain": None}
+        if args.unplanned:
+            stories = [s.story if score.verdict == "ok" else "" for s, score in zip(samples, scores, strict=True)]
+            by = {
+                name: by_prompt(story_rewards(reward, batch.prompts, texts, length_target), batch.prompts)
+                for name, texts in (("planned", stories), ("unplanned", write_unplanned(model, pattern, prompts, args)))
+            }
+            result |= {name: bootstrap(values, args.seed) for name, values in by.items()}
+            result["planning_gain"] = bootstrap(by["planned"] - by["unplanned"], args.seed)
         result["reference_nll"] = reference_nll(*reference, [s.story for s in samples]) if reference else None
         results.append(result)
         rows += [{"model": folder, **vars(s), **vars(score)} for s, score in zip(samples, scores, strict=True)]

@@ -8,7 +8,7 @@ Parts and guards are in [0, 1]. A part of weight 0 is still computed and logged.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 
@@ -238,6 +238,15 @@ class RewardConfig:
         given = self._given()
         return {name: weight / sum(given.values()) for name, weight in given.items()}
 
+    def without_outline(self) -> "RewardConfig":
+        """What looks at prompt and story alone: the outline's terms weigh nothing and the guards that need one are off."""
+        off = {name: replace(getattr(self.guards, name), on=False) for name in NEED_OUTLINE}
+        return replace(
+            self,
+            correlation=replace(self.correlation, think_story=0.0, prompt_think=0.0, prompt_story=1.0),
+            guards=replace(self.guards, **off),
+        )
+
     def effective(self) -> str:
         """The weights as they count, in a line."""
         return "weights, scaled to 1: " + ", ".join(f"{name} {weight:.2f}" for name, weight in self.weights().items())
@@ -264,3 +273,7 @@ class OwnPart:
 OWN_PARTS: list[OwnPart] = []
 
 GUARDS = tuple(f.name for f in fields(Guards))
+NEED_OUTLINE = (
+    *(name for name in GUARDS if name.startswith("think")),
+    "copied_short", "listing", "answers_belong", "on_plan", "throughout", "on_prompt",
+)  # fmt: skip

@@ -64,15 +64,30 @@ def test_outline_worth_compares_with_an_outline_of_another_prompt(tiny):
     ]
     worth, prompts = evaluate.outline_worth(model, pattern, samples, seed=0)
     assert prompts == ["P one", "P two"]
-    for value, own, other in zip(worth, samples, samples[::-1], strict=True):
-        rows = [pattern.row(own.prompt, think, own.story) for think in (own.think, other.think)]
+    for i, (own, other) in enumerate(zip(samples, samples[::-1], strict=True)):
+        rows = [pattern.row(own.prompt, think, own.story) for think in (own.think, other.think, "")]
         scored = [plain_mean_logp(model, ids, ids.index(pattern.story_id, start) + 1) for ids, start in rows]
-        assert value == pytest.approx(scored[0] - scored[1], abs=2e-2)
+        assert worth["other"][i] == pytest.approx(scored[0] - scored[1], abs=2e-2)
+        assert worth["none"][i] == pytest.approx(scored[0] - scored[2], abs=2e-2)
     alike = [Sample(s.prompt, "The same plan.", s.story, True, "ok") for s in samples]
-    assert evaluate.outline_worth(model, pattern, alike, seed=0)[0] == pytest.approx([0.0, 0.0], abs=1e-6)
-    assert len(evaluate.outline_worth(model, pattern, samples[:1], seed=0)[0]) == 0
+    assert evaluate.outline_worth(model, pattern, alike, seed=0)[0]["other"] == pytest.approx([0.0, 0.0], abs=1e-6)
     malformed = [Sample(s.prompt, s.think, s.story, False, "no_eos") for s in samples]
-    assert len(evaluate.outline_worth(model, pattern, malformed, seed=0)[0]) == 0
+    for none in (samples[:1], malformed):
+        assert all(len(values) == 0 for values in evaluate.outline_worth(model, pattern, none, seed=0)[0].values())
+
+
+def test_unplanned_stories_stand_right_behind_an_empty_outline(tiny):
+    """Each is what the plain model would have written there, and the grammar's verdict on it is about the outline alone."""
+    model, pattern = tiny
+    args = evaluate.Args((), num=3, seed=2)
+    prompts = ["Write about door 1.", "Write about door 2."]
+    stories = evaluate.write_unplanned(model, pattern, prompts, args)
+    assert len(stories) == 6 and any(stories)
+    prefix = pattern.row(prompts[0], "", "x")[0]
+    prefix = prefix[: prefix.index(pattern.story_id) + 1]
+    drawn = evaluate.sample(model, [prefix], 3, eos_id=pattern.eos_id, vocabulary=pattern.size, seed=2)
+    for story, one in zip(stories[:3], drawn[0], strict=True):
+        assert story in ("", pattern.decode(one.ids[:-1]))
 
 
 def test_a_long_outline_shortens_the_scored_story_on_both_sides(tiny):
@@ -82,7 +97,7 @@ def test_a_long_outline_shortens_the_scored_story_on_both_sides(tiny):
         Sample("P two", "No.", "It rained all day.", True, "ok"),
     ]
     worth, prompts = evaluate.outline_worth(model, pattern, samples, seed=0)
-    assert len(worth) == len(prompts) > 0 and np.isfinite(worth).all()
+    assert all(len(values) == len(prompts) > 0 and np.isfinite(values).all() for values in worth.values())
 
 
 def test_reference_nll_is_weighted_by_tokens_and_cut_at_the_context(tiny):
@@ -112,6 +127,7 @@ class WordCount:
     """A stand-in for the reward, which would need an encoder: longer is better."""
 
     calibration = SimpleNamespace(quantile=lambda measure, level: 20.0)
+    config, idf, encoder = evaluate.RewardConfig(), None, None
 
     def __call__(self, samples, length_target):
         rewards = [min(1.0, len(s.story.split()) / length_target) for s in samples]
@@ -127,6 +143,7 @@ def folders(tiny, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / "prompts.parquet")
     monkeypatch.setattr(evaluate.Reward, "load", staticmethod(lambda *_: WordCount()))
+    monkeypatch.setattr(evaluate, "story_rewards", lambda reward, prompts, stories, target: [len(s) for s in stories])
     return tmp_path
 
 
@@ -142,6 +159,9 @@ def test_a_whole_comparison(folders, capsys):
     assert printed["prompts"] == 4 and printed["length_target"] == 20.0
     assert first["vs_first"] is None and second["vs_first"]["mean"] == 0.0
     assert first["reward"] == second["reward"] and first["reference_nll"] == second["reference_nll"] > 0
+    assert first["planned"]["mean"] > 0 and first["unplanned"] == second["unplanned"]
+    gain = first["planned"]["mean"] - first["unplanned"]["mean"]
+    assert first["planning_gain"]["mean"] == pytest.approx(gain)
     rows = [json.loads(line) for line in (folders / "out" / "samples.jsonl").read_text("utf-8").splitlines()]
     assert len(rows) == 2 * 4 * 2 and {"model", "prompt", "think", "story", "finished", "verdict", "reward"} <= set(rows[0])
 

@@ -317,3 +317,15 @@ def test_bad_knob_on_the_command_line(script):
     result = script("reward.py", "audit", "--data", data_folder(), "--reward.length.weight", "7")
     assert result.returncode == 2
     assert "length.weight" in result.stderr
+
+
+def test_without_an_outline_the_outline_does_not_matter(reward):
+    """Under `without_outline` any outline gives the same reward, and a story's own merits still count."""
+    alone = Reward(reward.config.without_outline(), reward.calibration, reward.idf, reward.encoder)
+    row = ROWS[0]
+    thinks = (row["think"], row["prompt"], ROWS[1]["think"], "A plan.")
+    scores = alone([Sample(row["prompt"], think, row["story"], True) for think in thinks], 200)
+    assert [s.reward for s in scores] == pytest.approx([scores[0].reward] * 4)
+    other, shuffled = ROWS[1]["story"], " ".join(sorted(row["story"].split()))
+    worse = alone([Sample(row["prompt"], row["think"], story, True) for story in (other, shuffled)], 200)
+    assert max(s.reward for s in worse) < scores[0].reward
