@@ -1,0 +1,186 @@
+"""Is anything lost when a run is killed? SIGKILL at random moments of RL, and the same bytes in the end.
+
+    python benchmarks/kill.py --data artifacts/data --model artifacts/zeroshot [--kills 50] [--quick]
+
+A short RL run is made once without interruption. Then runs of the same settings are killed, each time in the phase whose turn it is
+(sampling, reward, update, evaluation, checkpoint) at a random moment of it, and started again with --resume, until they end. An
+ended run must have the same weights, metrics (but for times) and samples as the one that was never killed, byte for byte, and must
+have started each time from the newest checkpoint that stood there. Every start is a fork of this process, which has loaded the
+libraries and nothing else.
+
+kills         processes killed, in all and (table) by phase
+differences   ended runs whose weights, metrics or samples differ from the reference's, plus starts that lost a whole checkpoint
+"""
+
+import contextlib
+import json
+import mmap
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+from tqdm import tqdm
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root's reward.py, not a neighbour of that name
+import rl_train
+from reward import Reward
+from storygen.checkpoint import checkpoints
+
+PHASES = ("sampling", "reward", "update", "evaluation", "checkpoint")
+LONGEST = {"sampling": 1.0, "reward": 0.3, "update": 1.0, "evaluation": 1.0, "checkpoint": 0.1}  # seconds; a delay within
+
+
+@dataclass
+class Args:
+    data: Path = Path("artifacts/data")
+    """Folder made by data_prep.py."""
+    model: str = "artifacts/zeroshot"
+    """Model folder made by pattern_learning.py."""
+    kills: int = 50
+    """Processes to kill, at least."""
+    steps: int = 4
+    """Steps of a run."""
+    seed: int = 0
+    """Draws the moments."""
+    quick: bool = False
+    """3 kills of runs of 2 steps."""
+
+
+class Told:
+    """A byte that a child writes and its parent reads: the phase the child is in."""
+
+    def __init__(self):
+        self.memory = mmap.mmap(-1, 1)
+
+    def phase(self) -> str | None:
+        return ([None, *PHASES])[self.memory[0]]
+
+    def wrap(self, phase: str, function: Callable) -> Callable:
+        """The function, telling its phase while it runs (an evaluation samples and scores too, and stays an evaluation)."""
+
+        def told(*args, **kwargs):
+            before = self.memory[0]
+            if before != PHASES.index("evaluation") + 1:
+                self.memory[0] = PHASES.index(phase) + 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.memory[0] = before
+
+        return told
+
+
+def start(settings: rl_train.Args, told: Told) -> int:
+    """A child process that makes or continues the run; its pid."""
+    told.memory[0] = 0
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    with contextlib.suppress(BaseException), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+        held_out = rl_train.load_prompts(settings.data, "validation")[: settings.eval_prompts]
+        plain = rl_train.rollout
+
+        def rollout(model, pattern, prompts, *args, **kwargs):
+            phase = "evaluation" if prompts == held_out else "sampling"
+            return told.wrap(phase, plain)(model, pattern, prompts, *args, **kwargs)
+
+        rl_train.rollout = rollout
+        Reward.__call__ = told.wrap("reward", Reward.__call__)
+        rl_train.learn = told.wrap("update", rl_train.learn)
+        rl_train.save_state = told.wrap("checkpoint", rl_train.save_state)
+        rl_train.main(replace(settings))
+        code = 0
+    os._exit(code)
+
+
+def kill_in(pid: int, phase: str, told: Told, skip: int, delay: float) -> bool:
+    """Kill the child `delay` seconds after it entered `phase` for the (skip + 1)th time; False where it ended before."""
+    inside, entered = False, 0
+    while True:
+        done, _ = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return False
+        now = told.phase() == phase
+        if now and not inside:
+            entered += 1
+            if entered > skip:
+                time.sleep(delay)
+                os.kill(pid, signal.SIGKILL)
+                _, status = os.waitpid(pid, 0)
+                return os.WIFSIGNALED(status)
+        inside = now
+        time.sleep(0.0005)
+
+
+def outcome(out: Path) -> dict[str, object]:
+    """What a run leaves, times aside."""
+
+    def rows(name: str) -> list[dict]:
+        lines = (out / name).read_text("utf-8").splitlines()
+        return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+    return {
+        "weights": (out / "final/model.safetensors").read_bytes(),
+        "metrics": rows("metrics.jsonl"),
+        "samples": rows("samples.jsonl"),
+    }
+
+
+def main(args: Args) -> None:
+    if args.quick:
+        args = replace(args, kills=3, steps=2)
+    torch.set_num_threads(1)  # a fork has no other threads
+    rng, told, killed, differences, ended = random.Random(args.seed), Told(), Counter(), Counter(), 0
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=args.kills, unit="kill", disable=None) as bar:
+        settings = rl_train.Args(
+            data=args.data, model=args.model, out=Path(folder) / "reference", steps=args.steps, prompts=2, k=2, eval_every=1,
+            eval_prompts=2, save_every=1, max_new_tokens=200, resume=True, device="cpu", show_every=10**6,
+        )  # fmt: skip
+        _, status = os.waitpid(start(settings, told), 0)
+        if status:
+            sys.exit("error: the run that nobody kills did not end well: try rl_train.py with the same --data and --model")
+        expected = outcome(settings.out)
+        while sum(killed.values()) < args.kills or not ended:
+            run = replace(settings, out=Path(folder) / f"run_{ended}")
+            while True:
+                phase = PHASES[sum(killed.values()) % len(PHASES)]
+                stood = [path.name for path in checkpoints(run.out / "checkpoints")]
+                enough = sum(killed.values()) >= args.kills
+                skip = 10**6 if enough else rng.randrange(3)
+                if not kill_in(start(run, told), phase, told, skip, rng.random() * LONGEST[phase]):
+                    break
+                killed[phase] += 1
+                bar.update()
+                lost = stood and checkpoints(run.out / "checkpoints")[-1].name < stood[-1]
+                differences["checkpoint lost"] += bool(lost)
+            ended += 1
+            try:
+                found = outcome(run.out)
+                for name in expected:
+                    differences[name] += found[name] != expected[name]
+            except (OSError, ValueError):
+                differences["no outcome"] += 1
+    print(f"{sum(killed.values())} kills, {ended} runs brought to their end")
+    for phase in PHASES:
+        print(f"  {phase:12} {killed[phase]:4}")
+    for name, count in differences.items():
+        print(f"  {name + ' differ' if name in expected else name:24} {count:4}")
+    print(
+        json.dumps({"bench": "kill", "kills": sum(killed.values()), "differences": sum(differences.values()), "runs": ended})
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
