@@ -56,6 +56,8 @@ class Args:
     """Steps of linear warm-up; a cosine to a tenth of the peak follows."""
     batch_tokens: int | None = None
     """Tokens a step, padding included. Default by preset."""
+    micro_tokens: int | None = None
+    """Tokens of one forward and backward pass, padding included: the memory knob, without effect on the result. By preset."""
     dropout: float = 0.0
     """Dropout while training, 0 to 1. Sampling and RL run without."""
     drill_share: float = 1.0
@@ -89,15 +91,16 @@ class Recipe:
     steps: int
     lr: float
     batch_tokens: int
+    micro_tokens: int
     eval_every: int
 
 
 RECIPES = {
-    ("demo", "oneshot"): Recipe(steps=100, lr=5e-4, batch_tokens=4096, eval_every=50),
-    ("demo", "zeroshot"): Recipe(steps=240, lr=5e-4, batch_tokens=4096, eval_every=80),
+    ("demo", "oneshot"): Recipe(steps=100, lr=5e-4, batch_tokens=4096, micro_tokens=1024, eval_every=50),
+    ("demo", "zeroshot"): Recipe(steps=240, lr=5e-4, batch_tokens=4096, micro_tokens=1024, eval_every=80),
     # About three epochs of the 1.97K rows in each mode, at the usual fine-tuning rate of GPT-2 124M.
-    ("gpt2", "oneshot"): Recipe(steps=400, lr=5e-5, batch_tokens=16384, eval_every=50),
-    ("gpt2", "zeroshot"): Recipe(steps=300, lr=5e-5, batch_tokens=16384, eval_every=50),
+    ("gpt2", "oneshot"): Recipe(steps=400, lr=5e-5, batch_tokens=16384, micro_tokens=8192, eval_every=50),
+    ("gpt2", "zeroshot"): Recipe(steps=300, lr=5e-5, batch_tokens=16384, micro_tokens=8192, eval_every=50),
 }
 BASE_MODELS = {
     "demo": (str(ROOT / "base_model"), None),
@@ -159,14 +162,18 @@ def batches(rows: list[Row], texts: list[dict], examples: list[list[int]], patte
             yield [drawn[i] for i in batch]
 
 
+def loss_weights(row: Row, pattern: Pattern, tag_weight: float) -> list[float]:
+    """What each response token counts in the loss: tags `tag_weight`, the rest 1, or 0 in a drill."""
+    tags = {pattern.story_id, pattern.eos_id}
+    return [tag_weight if t in tags else float(not row.tags_only) for t in row.ids[row.start :]]
+
+
 def loss_sum(
     model, batch: list[Row], pattern: Pattern, dtype: torch.dtype, tag_weight: float = 1.0
 ) -> tuple[torch.Tensor, float]:
     """Negative log-likelihood of the batch's responses, nats, summed with tags at `tag_weight`; and the sum of weights."""
     logps = response_logps(model, [r.ids for r in batch], [r.start for r in batch], pattern.pad_id, dtype=dtype)
-    tags = {pattern.story_id, pattern.eos_id}
-    weights = [tag_weight if t in tags else float(not r.tags_only) for r in batch for t in r.ids[r.start :]]
-    weights = torch.tensor(weights, device=logps.device)
+    weights = torch.tensor([w for row in batch for w in loss_weights(row, pattern, tag_weight)], device=logps.device)
     return -(weights * logps).sum(), weights.sum().item()
 
 
@@ -174,7 +181,7 @@ def loss_sum(
 def mean_loss(model, rows: list[Row], pattern: Pattern, args: Args, dtype: torch.dtype, tag_weight: float = 1.0) -> float:
     """Nats per response token over all rows, tags counting `tag_weight` times."""
     total, weight = 0.0, 0.0
-    for batch in token_budget_batches([len(row.ids) for row in rows], args.batch_tokens):
+    for batch in token_budget_batches([len(row.ids) for row in rows], args.micro_tokens):
         loss, n = loss_sum(model, [rows[i] for i in batch], pattern, dtype, tag_weight)
         total, weight = total + loss.item(), weight + n
     return total / weight
@@ -198,8 +205,8 @@ def main(args: Args) -> None:
     args.model = args.model or "artifacts/oneshot"
     if args.drill_share < 0:
         raise InputError(f"--drill-share must be 0 or more, not {args.drill_share:g}")
-    if args.steps < 1 or args.batch_tokens < 1 or args.eval_every < 1:
-        raise InputError("--steps, --batch-tokens and --eval-every must be at least 1")
+    if args.steps < 1 or args.batch_tokens < 1 or args.micro_tokens < 1 or args.eval_every < 1:
+        raise InputError("--steps, --batch-tokens, --micro-tokens and --eval-every must be at least 1")
     device = pick_device(args.device)
     dtype = pick_dtype(args.precision, device)
     config = as_json(args)
@@ -284,15 +291,19 @@ def main(args: Args) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
             batch = next(stream)
-            loss, weight = loss_sum(model, batch, pattern, dtype, args.tag_weight)
-            (loss / weight).backward()
+            weight = sum(sum(loss_weights(row, pattern, args.tag_weight)) for row in batch)
+            loss = 0.0
+            for micro in token_budget_batches([len(row.ids) for row in batch], args.micro_tokens):
+                part, _ = loss_sum(model, [batch[i] for i in micro], pattern, dtype, args.tag_weight)
+                (part / weight).backward()
+                loss += part.item()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
             if not math.isfinite(norm):
                 raise InputError(f"gradient is not finite at step {step + 1}: lower --lr")
             optimizer.step()
             optimizer.zero_grad()
             done = step + 1
-            row = {"step": done, "loss": loss.item() / weight, "grad_norm": norm, "lr": learning_rate(step, args),
+            row = {"step": done, "loss": loss / weight, "grad_norm": norm, "lr": learning_rate(step, args),
                    "tokens_per_second": sum(len(r.ids) for r in batch) / (time.perf_counter() - clock)}  # fmt: skip
             if done % args.eval_every == 0 or done == args.steps:
                 last = evaluate(done)

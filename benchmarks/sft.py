@@ -42,7 +42,7 @@ class Args:
     steps: int = 10
     rounds: int = 3
     lr: float = 1e-4
-    micro_tokens: int = 4096
+    micro_tokens: int = 1024
     """Tokens of one of our forward and backward passes, padding included."""
     quick: bool = False
     """3 steps of 6 rows, one round."""

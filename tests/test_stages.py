@@ -149,6 +149,19 @@ def test_drills_teach_tags_and_nothing_else():
         assert weight == 10 and torch.allclose(loss, -5 * sum(logps[t - 1, row.ids[t]] for t in tags), atol=1e-3)
 
 
+def test_fine_tuning_takes_the_same_steps_whatever_the_micro_batches(script, home):
+    losses = []
+    for micro in ("60", "4000"):
+        done = script(
+            "pattern_learning.py", "--mode", "oneshot", "--data", home / "data", "--model", home / "base",
+            "--out", home / f"micro_{micro}", *LEARN, "--steps", "3", "--eval-every", "3", "--micro-tokens", micro,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        rows = without_times(home / f"micro_{micro}" / "metrics.jsonl")
+        losses.append([value for row in rows for key, value in row.items() if "loss" in key or key == "grad_norm"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 @pytest.mark.parametrize("share, expected", [(0.0, (0, 0)), (0.5, (5, 35)), (1.0, (40, 40)), (2.0, (80, 80))])
 def test_drill_share_is_drills_a_row(share, expected):
     _, tokenizer = tiny_gpt2(context=512)
@@ -277,6 +290,7 @@ def test_rl_refuses_bad_input_in_one_line(script, whole_run, zeroshot, home, arg
         (["--model", "artifacts/nowhere"], "does not exist"),
         (["--examples", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--steps", "0"], "--steps"),
+        (["--micro-tokens", "0"], "--micro-tokens"),
         (["--drill-share", "-1"], "--drill-share"),
         (["--device", "cuda"], "no GPU"),
     ],
