@@ -12,7 +12,6 @@ peak_gb, peak_gb_peer       peak memory of a process that runs one side only, sp
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -184,7 +183,9 @@ def main(args: Args) -> None:
     if args.only:
         side, lengths = args.only
         compare(args, lengths, (side,))
-        print(json.dumps({"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
+        # Not ru_maxrss, which a child inherits from the process that started it.
+        status = Path("/proc/self/status").read_text("ascii")
+        print(json.dumps({"peak_gb": int(status.partition("VmHWM:")[2].split()[0]) / 1e6}))
         return
     model, _ = load_model(args.model, "cpu")
     rate, figures = matmul_rate(), {}
