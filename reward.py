@@ -377,7 +377,9 @@ def explain(args: Explain) -> None:
         table.add_section()
         for name, value in score.guards.items():
             table.add_row(name + (" *" if name in off else ""), f"{value:.3f}", "")
-        console.print(table, measures(reward.calibration, score.raw), answers(found))
+        mine = {name for key in reward.recall_keys() for name in (key, chance_key(key))}  # not those of the other tfs
+        raw = {k: v for k, v in score.raw.items() if ":" not in k or k.startswith("own:") or k in mine}
+        console.print(table, measures(reward.calibration, raw), answers(found))
     if args.html:
         odd = {field: misplaced(reward.encoder, probe, getattr(sample, field)) for field in ("think", "story")}
         write_page(

@@ -45,6 +45,8 @@ def read_rows(path: Path, extra: dict[str, type] | None = None) -> list[dict[str
 
 # About one word in 20 of human text is under it.
 MISPLACED = 0.2
+# Of an answer: what a word of another meaning earns, in a story where it belongs.
+POOR = 0.35
 KINDS = {str: "string", bool: "boolean", float: "number", dict: "JSON object"}
 
 
@@ -115,7 +117,7 @@ def answers(found: list[Answer]) -> Table:
     """Each content word of the outline beside the story word that answered it; poor answers in red."""
     table = Table("outline word", "answered by", "similarity", "weight")
     for a in found:
-        style = "" if a.similarity > 0.5 else "red"
+        style = "" if a.similarity > POOR else "red"
         table.add_row(a.word, a.story_word, f"{a.similarity:.2f}", f"{a.weight:.1%}", style=style)
     return table
 
