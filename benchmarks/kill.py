@@ -52,7 +52,7 @@ class Args:
     seed: int = 0
     """Draws the moments."""
     quick: bool = False
-    """3 kills of runs of 2 steps."""
+    """2 kills of runs of 2 steps."""
 
 
 class Told:
@@ -140,7 +140,7 @@ def outcome(out: Path) -> dict[str, object]:
 
 def main(args: Args) -> None:
     if args.quick:
-        args = replace(args, kills=3, steps=2)
+        args = replace(args, kills=2, steps=2)
     torch.set_num_threads(1)  # a fork has no other threads
     rng, told, killed, differences, ended = random.Random(args.seed), Told(), Counter(), Counter(), 0
     with tempfile.TemporaryDirectory() as folder, tqdm(total=args.kills, unit="kill", disable=None) as bar:

@@ -49,7 +49,7 @@ class Args:
     steps: int = 5
     """Steps of either side that count, after one that does not."""
     quick: bool = False
-    """4 prompts, samples of 64 tokens, two steps; `spread` is cut at 160 tokens."""
+    """2 prompts, samples of 64 tokens, one step; `spread` is cut at 160 tokens."""
     only: tuple[str, str] | None = None
     """Run one side alone, in a process of its own, for its peak memory: ours|trl, and fixed|spread."""
 
@@ -179,7 +179,7 @@ def timed(call) -> float:
 
 def main(args: Args) -> None:
     if args.quick:
-        args = replace(args, prompts=4, new_tokens=64, steps=2)
+        args = replace(args, prompts=2, new_tokens=64, steps=1)
     if args.only:
         side, lengths = args.only
         compare(args, lengths, (side,))
