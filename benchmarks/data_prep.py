@@ -7,16 +7,18 @@ is, then again with most lower-case words replaced by words of other rows (seede
 stay, and no row is a near copy of another. Outline rows are made of the embedded corpus in the same way. Every round runs it
 without and with the source rows; the difference, a stage's time for the source rows alone, is what min, median, max and rows/s are of.
 
-The projection, for 272,600 rows:
+The projection, for 272,600 rows, on this machine:
 linear stages        reading, cleaning, splitting, copies (exact ones, and sketches of stories), storing (rows and their files), and
-                     idf, this one counted as if every row were kept: the difference is scaled
-near copies          of prompts: more than linear, so measured apart, on as many made prompts as there are rows. --quick takes fewer
-                     and extends the power law through a quarter and the whole of them
-calibration, rest    of fixed sample size: the time with the source rows is taken as it is. Under --quick the calibration is on few
-                     rows, and scaled up to the rows that it would encode: rough, rather too high
+                     idf, this one as if every row were kept: the difference, scaled
+near copies          of prompts: more than linear, so measured apart, on as many made prompts as there are rows (of few real ones:
+                     they share more words than real ones do). --quick takes fewer and extends the power law through a quarter and
+                     the whole of them, too low by half
+calibration, rest    of fixed sample size, or loading: taken as they are. Under --quick the calibration is on few rows, and scaled up
+                     to as many rows as it draws of a large set: rough
 
-projected_minutes    for 272,600 source rows and 2,000 outline rows, the hub's sets, without downloading
-rows_per_s           of each stage, source rows
+projected_minutes    of preparing 272,600 rows that lie on disk; the outline set's own rows, some seconds, are left out
+rows_per_s           of each stage whose time grows with the rows
+calibration_s        of the calibration in the projection
 """
 
 import contextlib
@@ -84,6 +86,7 @@ class Args:
     prompts: int = WHOLE
     """Prompts among which near copies are looked for."""
     rounds: int = 3
+    """Rounds, in which data preparation runs once without and once with the source rows."""
     seed: int = 0
     """Draws the words that are replaced."""
     quick: bool = False
