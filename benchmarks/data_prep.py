@@ -2,19 +2,20 @@
 
     python benchmarks/data_prep.py [--source FILE.jsonl] [--quick]
 
-`data_prep.main` itself runs with a clock around the functions that it calls, on raw rows made of --source: each of its rows as it
-is, then again with most lower-case words replaced by words of other rows (seeded), so that markup, lengths and word frequencies
-stay, and no row is a near copy of another. Outline rows are made of the embedded corpus in the same way. Every round runs it
-without and with the source rows; the difference, a stage's time for the source rows alone, is what min, median, max and rows/s are of.
+`data_prep.main` itself runs with a clock around the functions that it calls, on raw rows made of --source: each of its rows
+as it is, then again with most lower-case words replaced by words of other rows (seeded), so that markup, lengths and word
+frequencies stay, and hardly a row is a near copy of another. Outline rows are made of the embedded corpus in the same way.
+Every round runs it without and with the source rows; the difference, a stage's time for the source rows alone, is what min,
+median, max and rows/s are of.
 
 The projection, for 272,600 rows, on this machine:
-linear stages        reading, cleaning, splitting, copies (exact ones, and sketches of stories), storing (rows and their files), and
-                     idf, this one as if every row were kept: the difference, scaled
-near copies          of prompts: more than linear, so measured apart, on as many made prompts as there are rows (of few real ones:
-                     they share more words than real ones do). --quick takes fewer and extends the power law through a quarter and
-                     the whole of them, too low by half
-calibration, rest    of fixed sample size, or loading: taken as they are. Under --quick the calibration is on few rows, and scaled up
-                     to as many rows as it draws of a large set: rough
+linear stages        reading, cleaning, splitting, copies (exact ones, and sketches of stories), storing (rows and their
+                     files), and idf, this one as if every row were kept: the difference, scaled
+near copies          of prompts: more than linear, so measured apart, on as many made prompts as there are rows (of few real
+                     ones: they share more words than real ones do). --quick takes fewer and extends the power law through a
+                     quarter and the whole of them, too low by half
+calibration, rest    of fixed sample size, or loading: taken as they are. Under --quick the calibration is on few rows, and
+                     scaled up to as many rows as it draws of a large set: rough
 
 projected_minutes    of preparing 272,600 rows that lie on disk; the outline set's own rows, some seconds, are left out
 rows_per_s           of each stage whose time grows with the rows
@@ -94,7 +95,7 @@ class Args:
 
 
 def made(rows: list[Row], count: int, seed: int) -> Iterator[Row]:
-    """`count` rows: the given ones, then again and again with most lower-case words replaced by others of the same column."""
+    """`count` rows: the given ones, then over and over with most lower-case words replaced by others of the column."""
     rng = random.Random(seed)
     words = {key: [w for row in rows for w in WORD.findall(row[key])] for key in rows[0]}
 
@@ -139,7 +140,7 @@ class Clock:
 
 
 def prepare(source: Path, outlines: Path, out: Path) -> tuple[Counter, int]:
-    """Seconds of each stage of a run and the documents of its idf table; no calibration where there are only outline rows."""
+    """Seconds of each stage of a run, and documents of its idf table; no calibration where there are only outline rows."""
     clock = Clock()
     with contextlib.ExitStack() as undo:
         for owner, name, stage in TIMED:
@@ -199,8 +200,9 @@ def main(args: Args) -> None:
     rows = dict.fromkeys(table, args.rows) | {"idf": kept, "near copies": args.prompts}
     minutes = {stage: statistics.median(times) * scale[stage] / 60 for stage, times in table.items()}
     print(
-        f"{len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, {args.rows} rows made of {len(base)}, {kept} kept, "
-        f"{args.outlines} outline rows, {train} of them for training; {len(unique)} prompts, near copies grow as n^{power:.2f}"
+        f"{len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, {args.rows} rows made of {len(base)}, "
+        f"{kept} kept, {args.outlines} outline rows, {train} of them for training; {len(unique)} prompts, "
+        f"near copies grow as n^{power:.2f}"
     )
     print(f"{'':12} {'min s':>8} {'median':>8} {'max':>8} {'rows/s':>9} {'of ' + format(WHOLE, ',') + ', min':>16}")
     rates = {}

@@ -2,19 +2,20 @@
 
     python benchmarks/idf.py [--prose FOLDER] [--quick]
 
-Documents are runs of sentences of real prose, about 600 words each, from random places (seeded) and made as they are asked for: a
-larger build needs no more memory for them. Both sides count the same documents with the packaged MiniLM's tokenizer, in one
-process, in turn; the library at the best of its numbers of processes, ours with the tokenizer's own threads. The library cuts a
-document at 512 tokens, but only after having read it whole; ours counts all of it. Making a document is part of our time where the
-builds are large, and has a row of its own.
+Documents are runs of sentences of real prose, about 600 words each, from random places (seeded) and made as they are asked
+for: a larger build needs no more memory for them. Both sides count the same documents with the packaged MiniLM's tokenizer,
+in one process, in turn; the library at the best of its numbers of processes, ours with the tokenizer's own threads. The
+library cuts a document at 512 tokens, but only after having read it whole; ours counts all of it. Making a document is part
+of our time where the builds are large, and has a row of its own.
 
 ratio_vs_bert_score  our texts/s over those of get_idf_dict, medians over rounds, on the same documents
 texts_per_s          ours in the largest build, that runs once, in a process of its own
-peak_gb              peak memory of that process: Python, torch, the encoder and the prose included; the table shows it without
-                     the build too
-equal                whether all idf values agree, to fp32, on documents cut so that the library reads them whole. The formula is
-                     the same, ln((N + 1) / (df + 1)), ln(N + 1) for tokens never seen. Special tokens are left out: ours are 0,
-                     the library's are too where it adds them itself ([CLS], [SEP]), and are counted as words else ([UNK]).
+peak_gb              peak memory of that process: Python, torch, the encoder and the prose included; the table shows it
+                     without the build too
+equal                whether all idf values agree, to fp32, on documents cut so that the library reads them whole. The
+                     formula is the same, ln((N + 1) / (df + 1)), ln(N + 1) for tokens never seen. Special tokens are left
+                     out: ours are 0, the library's are too where it adds them itself ([CLS], [SEP]), and are counted as
+                     words else ([UNK]).
 """
 
 import gzip
@@ -157,9 +158,10 @@ def main(args: Args) -> None:
     for _ in range(args.rounds):
         for name, (n, call) in contenders.items():
             rates[name].append(n / seconds(call))
+    words, tokens_each = (statistics.mean(map(len, each)) for each in (map(str.split, few), map(coder.encode, few)))
     print(
-        f"{cores} cores, {prose.before[-1]} words of prose, documents of {statistics.mean(len(t.split()) for t in few):.0f} words "
-        f"and {statistics.mean(len(coder.encode(t)) for t in few):.0f} tokens, {args.rounds} rounds; texts/s"
+        f"{cores} cores, {prose.before[-1]} words of prose, documents of {words:.0f} words and {tokens_each:.0f} tokens, "
+        f"{args.rounds} rounds; texts/s"
     )
     print(f"{'':24} {'documents':>10} {'min':>9} {'median':>9} {'max':>9}")
     for name, (n, _) in contenders.items():
