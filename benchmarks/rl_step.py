@@ -30,7 +30,7 @@ from reward import Reward, Sample
 from storygen.checkpoint import load_model
 from storygen.corpus import load_prompts
 from storygen.logprobs import pick_dtype
-from storygen.pattern import Pattern
+from storygen.pattern import Pattern, context_length
 from storygen.rollout import rollout
 
 
@@ -93,15 +93,14 @@ class Ours:
 def compare(args: Args, lengths: str, sides: tuple[str, ...] = ("ours", "trl")) -> dict[str, list[dict[str, float]]]:
     """Figures of every step of each side, the first left out."""
     reward, steps = Reward.load(args.data), args.steps + 1
-    _, tokenizer = load_model(args.model, "cpu")
+    model, tokenizer = load_model(args.model, "cpu")
     pattern = Pattern(tokenizer)
-    context = 768 if lengths == "spread" else 10**6
     prompts = [p for p in load_prompts(args.data, "train") if len(pattern.prefix(p)) <= 64][: steps * args.prompts]
     if lengths == "fixed":
         pattern.eos_id = -1  # never drawn: every sample runs to the cap
         most = args.new_tokens
     else:
-        most = 160 if args.quick else context - 64
+        most = 160 if args.quick else context_length(model) - 64
 
     def rewards_of(samples: list[Sample]) -> list[float]:
         if lengths == "fixed":  # samples that may not end are scored as if they had
@@ -135,21 +134,9 @@ def compare(args: Args, lengths: str, sides: tuple[str, ...] = ("ours", "trl")) 
 
 def peak_gb(args: Args, side: str) -> float:
     """Peak memory of one side alone, GB."""
-    command = [
-        sys.executable,
-        __file__,
-        "--data",
-        args.data,
-        "--model",
-        args.model,
-        "--prompts",
-        args.prompts,
-        "--k",
-        args.k,
-    ]
-    command += ["--new-tokens", args.new_tokens, "--steps", 1, "--only", side, "spread"] + (
-        ["--quick"] if args.quick else []
-    )
+    flags = {"data": args.data, "model": args.model, "prompts": args.prompts, "k": args.k, "new-tokens": args.new_tokens}
+    command = [sys.executable, __file__, "--steps", 1, "--only", side, "spread", *(["--quick"] if args.quick else [])]
+    command += [word for name, value in flags.items() for word in (f"--{name}", value)]
     done = subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])["peak_gb"]
 
@@ -159,9 +146,8 @@ def arithmetic_seconds(model, tokens: float, rate: float) -> float:
     table = model.get_output_embeddings().weight
     blocks = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and ".h." in name)
     passes = 1 + 1 + 1 + 3
-    return (
-        2 * tokens * (blocks * passes + table.numel() * (passes + 1)) / rate
-    )  # the head's logits are made twice in learning
+    head = table.numel() * (passes + 1)  # its logits are made twice in learning
+    return 2 * tokens * (blocks * passes + head) / rate
 
 
 def matmul_rate() -> float:
