@@ -3,6 +3,7 @@
     python rl_train.py                      # artifacts/zeroshot -> artifacts/rl
     python rl_train.py --resume             # go on after an interruption, to the same bytes as without it
     python rl_train.py --reward.length.weight 0.3 --out artifacts/rl_longer
+    torchrun --nproc-per-node 2 rl_train.py # the same samples and steps, shared by two processes or GPUs
 
 A step samples K stories for each of P prompts, scores them, compares the samples of a prompt with each other, and takes a
 few clipped gradient steps against a frozen copy of the start. Every random draw is keyed by (seed, step), so nothing but
@@ -11,6 +12,7 @@ weights, optimizer, step, length target, beta and running means has to be carrie
 
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -31,6 +33,7 @@ from storygen.corpus import load_manifest, load_prompts
 from storygen.logprobs import Precision, check_forward, pick_dtype, response_logps
 from storygen.pattern import Pattern, context_length
 from storygen.ppo import Advantage, adapt_beta, advantages, next_length_target, policy_loss
+from storygen.processes import add, add_gradients, gather, process_group, share
 from storygen.report import write_report
 from storygen.rollout import Rollout, rollout, rollout_logps
 from storygen.textstats import words
@@ -57,7 +60,7 @@ class Args:
     k: int | None = None
     """K, samples of each prompt. Default by preset."""
     advantage: Advantage = "loo"
-    """loo: against the prompt's other samples; group: GRPO; batch; raw: the reward itself. See storygen/ppo.py."""
+    """loo: against the prompt's other samples; group: GRPO; batch; raw: the reward itself; decoupled: GDPO. See storygen/ppo.py."""
     temperature: float = 1.0
     """Divides the logits in sampling, policy and reference alike."""
     max_new_tokens: int | None = None
@@ -135,16 +138,17 @@ class ForeignSamples(RuntimeError):
 
 
 def learn(
-    model, reference, optimizer, batch: Rollout, rewards: torch.Tensor, beta: float, step: int, args: Args, pattern, dtype
-) -> tuple[list[float], dict[str, float]]:
-    """The clipped gradient steps on one rollout, from rewards (prompts, k). Returns every sample's advantage, and metrics.
+    model, reference, optimizer, batch: Rollout, advantage: torch.Tensor, mine: range, beta: float, step: int, args: Args,
+    pattern, dtype,
+) -> dict[str, float]:  # fmt: skip
+    """The clipped gradient steps on one rollout, from advantages (prompts of `batch`, k). Returns metrics.
 
-    A minibatch whose gradient is not finite is skipped. Raises `ForeignSamples`, before any weight has changed, where the
-    samples are not the policy's.
+    mine: which of the step's prompts `batch` holds; where processes share them, each calls this with its own. Weights and
+    metrics are then the same in all. A minibatch whose gradient is not finite is skipped. Raises `ForeignSamples`, before
+    any weight has changed, where the samples are not the policy's.
     """
     for group in optimizer.param_groups:
         group["lr"] = args.lr * min(1.0, step / args.warmup)
-    advantage = advantages(rewards, args.advantage).flatten().tolist()
     law = {"temperature": args.temperature, "dtype": dtype}
     generator, lengths = np.random.default_rng((args.seed, step, 1)), [len(row) for row in batch.rows]
 
@@ -155,10 +159,11 @@ def learn(
         ]
 
     parts = [
-        [int(g) * args.k + j for g in sorted(part) for j in range(args.k)]
+        [mine.index(g) * args.k + j for g in sorted(part.tolist()) if g in mine for j in range(args.k)]
         for _ in range(args.epochs)
-        for part in np.array_split(generator.permutation(len(rewards)), args.minibatches)
+        for part in np.array_split(generator.permutation(args.prompts), args.minibatches)
     ]
+    part_tokens = add(*(sum(lengths[i] - batch.starts[i] for i in part) for part in parts))
     # The first minibatch meets the policy that sampled it: its own forward pass gives its old log-probabilities.
     later = [i for part in parts[1 : args.minibatches] for i in part]
     old = rollout_logps(model, pattern, batch, micro_batches(later), **law)
@@ -167,9 +172,8 @@ def learn(
 
     totals = {"approx_kl": 0.0, "clipped": 0.0, "loss": 0.0, "tokens": 0, "skipped": 0, "updates": 0, "grad_norm": 0.0}
     gap = 0.0
-    for number, members in enumerate(parts):
-        tokens = sum(lengths[i] - batch.starts[i] for i in members)
-        approx_kl = 0.0
+    for number, (members, tokens) in enumerate(zip(parts, part_tokens, strict=True)):
+        seen = {"approx_kl": 0.0, "clipped": 0.0, "loss": 0.0, "gap": 0.0}
         for micro in micro_batches(members):
             rows, starts = [batch.rows[i] for i in micro], [batch.starts[i] for i in micro]
             logps = response_logps(model, rows, starts, pattern.pad_id, vocabulary=pattern.size, **law)
@@ -177,27 +181,32 @@ def learn(
                 for i, logp in zip(micro, logps.detach().split([len(sampled[i]) for i in micro]), strict=True):
                     old[i] = logp
             old_logps, ref_logps = torch.cat([old[i] for i in micro]), torch.cat([ref[i] for i in micro])
-            per_token = torch.cat([torch.full_like(ref[i], advantage[i]) for i in micro])
+            per_token = torch.cat([torch.full_like(ref[i], advantage.view(-1)[i]) for i in micro])
             loss, stats = policy_loss(
                 logps, old_logps, ref_logps, per_token, tokens, beta=beta,
                 clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip,
             )  # fmt: skip
             loss.backward()
-            approx_kl += stats.approx_kl
-            totals["clipped"] += stats.clipped
-            totals["loss"] += stats.loss
+            seen["approx_kl"] += stats.approx_kl
+            seen["clipped"] += stats.clipped
+            seen["loss"] += stats.loss
         if number == 0:
-            gap = (torch.cat(old) - batch.sampler_logps).abs().mean().item()
+            seen["gap"] = (torch.cat(old) - batch.sampler_logps).abs().sum().item()
+        add_gradients(model)
+        seen = dict(zip(seen, add(*seen.values()), strict=True))
+        if number == 0:
+            gap = seen["gap"] / sum(part_tokens[: args.minibatches])
             if not gap <= GAP_LIMIT[dtype]:
                 optimizer.zero_grad()
                 raise ForeignSamples(
                     f"the sampler's log-probabilities are {gap:.1e} nats a token from the training forward's, over "
                     f"{GAP_LIMIT[dtype]:.0e}: the samples are not the policy's; try --precision fp32"
                 )
-        totals["approx_kl"] += approx_kl
         totals["tokens"] += tokens
+        for name in ("approx_kl", "clipped", "loss"):
+            totals[name] += seen[name]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
-        too_far = approx_kl / tokens > args.kl_stop
+        too_far = seen["approx_kl"] / tokens > args.kl_stop
         if not math.isfinite(norm):
             totals["skipped"] += 1
         elif not too_far:
@@ -208,10 +217,11 @@ def learn(
         if too_far:
             break
     drift = (torch.cat(old) - torch.cat(ref)).clamp(-20, 20)
-    return advantage, {
-        "objective/reward_std": rewards.std().item(),
-        "objective/kl": (torch.exp(-drift) - 1 + drift).mean().item(),
-        "objective/entropy": -torch.cat(old).mean().item(),
+    kl, entropy = add((torch.exp(-drift) - 1 + drift).sum().item(), -torch.cat(old).sum().item())
+    drawn = sum(part_tokens[: args.minibatches])
+    return {
+        "objective/kl": kl / drawn,
+        "objective/entropy": entropy / drawn,
         "objective/beta": beta,
         "policy/loss": totals["loss"] / max(1, totals["updates"]),
         "policy/approx_kl": totals["approx_kl"] / totals["tokens"],
@@ -246,7 +256,27 @@ def quality(score: Score, config: RewardConfig) -> float:
     return others * math.prod(value for name, value in score.guards.items() if getattr(config.guards, name).on)
 
 
+def part_rewards(score: Score, config: RewardConfig) -> list[float]:
+    """What a sample earns by each part, (parts,): their mean by the parts' weights is the sample's reward.
+
+    Guards and the overlong penalty touch every part alike, and a malformed sample has the malformed score in each.
+    """
+    weights = config.weights()
+    if score.verdict != "ok":
+        return [score.reward] * len(weights)
+    kept = math.prod(value for name, value in score.guards.items() if getattr(config.guards, name).on)
+    earned = {name: kept * score.parts[name] for name in weights}
+    overlong = sum(weights[name] * value for name, value in earned.items()) - score.reward
+    return [value - overlong for value in earned.values()]
+
+
 def main(args: Args) -> None:
+    device = pick_device(args.device)
+    processes = process_group(device)
+    chief = processes.is_main_process  # the one that prints and writes
+    if not chief:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open as long as the run
+    device = str(processes.device) if processes.num_processes > 1 else device
     manifest = load_manifest(args.data)
     preset = manifest["preset"]
     print(f"preset {preset}, as {args.data}/manifest.json says")
@@ -254,7 +284,7 @@ def main(args: Args) -> None:
     for name in ("steps", "prompts", "k", "epochs", "minibatches", "micro_tokens", "eval_every", "save_every", "keep"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if args.advantage in ("loo", "group") and args.k < 2:
+    if args.advantage in ("loo", "group", "decoupled") and args.k < 2:
         raise InputError(
             f"--advantage {args.advantage} compares samples of one prompt: --k must be at least 2, not {args.k}"
         )
@@ -264,10 +294,11 @@ def main(args: Args) -> None:
         raise InputError(f"--temperature must be above 0, not {args.temperature}")
     if args.minibatches > args.prompts:
         raise InputError(f"--minibatches {args.minibatches} is more than the {args.prompts} prompts of a step")
+    if processes.num_processes > min(args.prompts, args.eval_prompts):
+        raise InputError(f"{processes.num_processes} processes are more than --prompts or --eval-prompts: start fewer")
     states = args.out / "checkpoints"
     if checkpoints(states) and not args.resume:
         raise InputError(f"{args.out} holds a run: continue it with --resume, or give another --out")
-    device = pick_device(args.device)
     dtype = pick_dtype(args.precision, device)
 
     model, tokenizer = load_model(args.model, device)
@@ -281,7 +312,7 @@ def main(args: Args) -> None:
     held_out = [p for p in load_prompts(args.data, "validation") if len(pattern.prefix(p)) <= context // 2]
     held_out = held_out[: args.eval_prompts]
     print(f"{len(prompts)} prompts, {len(all_prompts) - len(prompts)} dropped (over half the context of {context} tokens)")
-    if len(prompts) < args.prompts or not held_out:
+    if len(prompts) < args.prompts or len(held_out) < processes.num_processes:
         raise InputError(
             f"{args.data} has {len(prompts)} training and {len(held_out)} validation prompts: too few for a step"
         )
@@ -299,27 +330,38 @@ def main(args: Args) -> None:
     state = state or {"step": 0, "metrics_size": 0, "samples_size": 0}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
     run_facts = {"args": as_json(args), "preset": preset, "versions": versions, "dtype": str(dtype), **config}
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.out / "run.json", json.dumps(run_facts, indent=1))
     print(json.dumps(as_json(args)))
     print(f"reward {args.reward.effective()}")
-    metrics = Log(args.out / "metrics.jsonl", state["metrics_size"])
-    samples_log = Log(args.out / "samples.jsonl", state["samples_size"])
+    if chief:
+        write_atomically(args.out / "run.json", json.dumps(run_facts, indent=1))
+        metrics = Log(args.out / "metrics.jsonl", state["metrics_size"])
+        samples_log = Log(args.out / "samples.jsonl", state["samples_size"])
     interrupt = Interrupt()
+    weights = torch.tensor(list(args.reward.weights().values()))
     human_median = reward.calibration.quantile("story_words", 50)
 
     law = {"temperature": args.temperature, "dtype": dtype}  # what sampling and all log-probabilities share
 
     def save(step: int) -> None:
-        state.update(metrics_size=metrics.size(), samples_size=samples_log.size(), config=config)
-        save_state(states, step, model, optimizer, state, args.keep)
+        if chief:
+            state.update(metrics_size=metrics.size(), samples_size=samples_log.size(), config=config)
+            save_state(states, step, model, optimizer, state, args.keep)
+        processes.wait_for_everyone()
+
+    def own_rollout(of: list[str], k: int, seed: tuple[int, ...]) -> Rollout:
+        """Responses to this process's share of the prompts."""
+        mine = share(len(of))
+        return rollout(
+            model, pattern, [of[i] for i in mine], k, seed=seed, first=mine.start, max_new_tokens=args.max_new_tokens, **law
+        )
 
     def evaluate(step: int) -> tuple[dict, Rollout, list[Sample]]:
         """Held-out prompts, always the same seed, scored against the human median length, so that steps compare."""
-        batch = rollout(model, pattern, held_out, 1, seed=(args.seed, 0), max_new_tokens=args.max_new_tokens, **law)
-        samples = samples_of(batch)
-        scores = reward(samples, human_median)
-        samples_log.write(*sample_rows(step, "validation", samples, scores, [None] * len(scores)))
+        batch = own_rollout(held_out, 1, (args.seed, 0))
+        own = samples_of(batch)
+        samples, scores = gather(own), gather(reward(own, human_median))
+        if chief:
+            samples_log.write(*sample_rows(step, "validation", samples, scores, [None] * len(scores)))
         best = max(range(len(scores)), key=lambda i: scores[i].reward)
         if step in (0, args.steps):
             show_sample(f"step {step}: best of {len(scores)} held-out stories, reward {scores[best].reward:.3f}",
@@ -330,37 +372,39 @@ def main(args: Args) -> None:
         before, batch, samples = evaluate(0)
         checks = check_forward(model, reference, batch.rows[:8], batch.starts[:8], pattern.pad_id)
         print("before the first update: " + ", ".join(f"{name} {value:.1e}" for name, value in checks.items()))
-        metrics.write({"step": 0, **before, **checks})
+        if chief:
+            metrics.write({"step": 0, **before, **checks})
         # The length target starts where the model is, and may rise to what the context holds beside prompt and outline.
         told = sum(len(words(s.think)) + len(words(s.story)) for s in samples)
-        tokens_per_word = batch.response_tokens() / max(1, told)
-        beside = statistics.median(batch.starts) + tokens_per_word * before["eval/length/outline_median"]
+        tokens_per_word = add(batch.response_tokens())[0] / max(1, told)
+        beside = statistics.median(gather(batch.starts)) + tokens_per_word * before["eval/length/outline_median"]
         longest = 0.8 * (context - beside) / tokens_per_word
         lengths = [len(words(s.story)) for s in samples if s.verdict == "ok"] or [human_median]
         start = min(statistics.median(lengths), longest)
         state |= {"length_target": start, "length_low": start / 2, "length_high": longest, "beta": args.beta,
                   "quality_mean": None, "quality_std": None, "skipped_in_a_row": 0, "eval_reward": before["eval/reward"]}  # fmt: skip
 
-    with progress(args.steps, state["step"], "RL") as bar:
+    mine = share(args.prompts)
+    with progress(args.steps, state["step"], "RL", chief) as bar:
         for step in range(state["step"] + 1, args.steps + 1):
             clock = time.perf_counter()
-            batch = rollout(
-                model, pattern, step_prompts(prompts, step, args), args.k, seed=(args.seed, step),
-                max_new_tokens=args.max_new_tokens, **law,
-            )  # fmt: skip
-            samples = samples_of(batch)
+            batch = own_rollout(step_prompts(prompts, step, args), args.k, (args.seed, step))
+            own = samples_of(batch)
             sampled = time.perf_counter()
-            scores = reward(samples, state["length_target"])
+            samples, scores = gather(own), gather(reward(own, state["length_target"]))
             rewards = torch.tensor([s.reward for s in scores]).view(args.prompts, args.k)
+            by_part = torch.tensor([part_rewards(s, args.reward) for s in scores]).T.view(-1, args.prompts, args.k)
+            advantage = advantages(rewards, args.advantage, by_part, weights)
             scored = time.perf_counter()
             try:
-                advantage, learnt = learn(
-                    model, reference, optimizer, batch, rewards, state["beta"], step, args, pattern, dtype
-                )
+                learnt = learn(
+                    model, reference, optimizer, batch, advantage[mine.start : mine.stop], mine, state["beta"], step, args,
+                    pattern, dtype,
+                )  # fmt: skip
             except ForeignSamples as error:
                 if step > 1:
                     save(step - 1)
-                sys.exit(f"error: step {step}: {error}")
+                sys.exit(f"error: step {step}: {error}" if chief else 1)
             updated = time.perf_counter()
 
             described = describe(samples, scores)
@@ -368,24 +412,27 @@ def main(args: Args) -> None:
                 "step": step,
                 "objective/reward": described.pop("reward"),
                 **described,
+                "objective/reward_std": rewards.std().item(),
                 "length/target": state["length_target"],
                 **learnt,
                 "time/sample_s": sampled - clock,
                 "time/reward_s": scored - sampled,
                 "time/update_s": updated - scored,
                 "time/step_s": updated - clock,
-                "time/tokens_per_second": batch.response_tokens() / (updated - clock),
+                "time/tokens_per_second": add(batch.response_tokens())[0] / (updated - clock),
             }
             if step % args.eval_every == 0 or step == args.steps:
                 held, *_ = evaluate(step)
                 row |= held
                 state["eval_reward"] = held["eval/reward"]
             state.setdefault("entropy_start", row["objective/entropy"])
-            if rings := alarms(row, args.kl_target, state["entropy_start"]):
+            rings = alarms(row, args.kl_target, state["entropy_start"])
+            if rings:
                 row["alarms"] = rings
-                tqdm.write("\n".join(f"warning: step {step}: {text}" for text in rings), file=sys.stderr)
-            metrics.write(row)
-            samples_log.write(*sample_rows(step, "train", samples, scores, advantage))
+            if chief:
+                tqdm.write("".join(f"warning: step {step}: {text}\n" for text in rings), file=sys.stderr, end="")
+                metrics.write(row)
+                samples_log.write(*sample_rows(step, "train", samples, scores, advantage.flatten().tolist()))
             if step % args.show_every == 0:
                 one = samples[0]
                 show_sample(
@@ -399,15 +446,22 @@ def main(args: Args) -> None:
                 ok=f"{row['samples/well_formed']:.2f}", words=f"{row['length/median']:.0f}/{row['length/target']:.0f}",
                 tok_s=f"{row['time/tokens_per_second']:.0f}",
             )  # fmt: skip
-            broken = state["skipped_in_a_row"] >= 3
-            if step % args.save_every == 0 or step == args.steps or interrupt.stop or broken:
+            broken, asked = state["skipped_in_a_row"] >= 3, max(gather([interrupt.stop or 0]))
+            if step % args.save_every == 0 or step == args.steps or asked or broken:
                 save(step)
             if broken:
-                sys.exit(f"error: gradients were not finite in three steps in a row, up to step {step}: lower --lr")
-            if interrupt.stop and step < args.steps:
-                print(f"stopped at step {step}; the same command with --resume goes on from here", file=sys.stderr)
-                sys.exit(interrupt.stop)
+                sys.exit(
+                    f"error: gradients were not finite in three steps in a row, up to step {step}: lower --lr"
+                    if chief
+                    else 1
+                )
+            if asked and step < args.steps:
+                if chief:
+                    print(f"stopped at step {step}; the same command with --resume goes on from here", file=sys.stderr)
+                sys.exit(asked)
 
+    if not chief:
+        return
     save_model(model, tokenizer, args.out / "final")
     report = write_report(args.out)
     print(f"{args.out}/final: held-out reward {state['eval_reward']:.3f}; report: {report}")

@@ -31,6 +31,7 @@ from storygen.checkpoint import load_model
 from storygen.corpus import load_prompts
 from storygen.logprobs import pick_dtype
 from storygen.pattern import Pattern, context_length
+from storygen.ppo import adapt_beta, advantages
 from storygen.rollout import rollout
 
 
@@ -81,10 +82,12 @@ class Ours:
         sampled = time.perf_counter()
         rewards = torch.tensor(reward(rl_train.samples_of(batch))).view(-1, args.k)
         scored = time.perf_counter()
-        _, learnt = rl_train.learn(
-            self.model, self.reference, self.optimizer, batch, rewards, self.beta, self.step, args, self.pattern, self.dtype
-        )
-        self.beta = rl_train.adapt_beta(self.beta, learnt["objective/kl"], args.kl_target)
+        advantage = advantages(rewards, args.advantage)
+        learnt = rl_train.learn(
+            self.model, self.reference, self.optimizer, batch, advantage, range(args.prompts), self.beta, self.step, args,
+            self.pattern, self.dtype,
+        )  # fmt: skip
+        self.beta = adapt_beta(self.beta, learnt["objective/kl"], args.kl_target)
         done = time.perf_counter()
         times = dict(zip(PHASES, (sampled - clock, scored - sampled, done - scored), strict=True))
         return {"seconds": done - clock, "tokens": batch.response_tokens(), **times}

@@ -26,7 +26,8 @@ def run(main: Callable[[Any], None], args_type: Any) -> None:
     try:
         main(args)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # torchrun's name for the first of its processes
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; nothing half-written was left behind", file=sys.stderr)

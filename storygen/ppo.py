@@ -8,16 +8,25 @@ from typing import Literal
 
 import torch
 
-Advantage = Literal["loo", "group", "batch", "raw"]
+Advantage = Literal["loo", "group", "batch", "raw", "decoupled"]
 
 
-def advantages(rewards: torch.Tensor, mode: Advantage = "loo", limit: float = 5.0) -> torch.Tensor:
+def advantages(
+    rewards: torch.Tensor,
+    mode: Advantage = "loo",
+    by_part: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    limit: float = 5.0,
+) -> torch.Tensor:
     """Advantage of every sample, from rewards (prompts, samples of the prompt); same shape.
 
     loo    reward minus the mean of the prompt's other samples (RLOO, arXiv 2402.14740), over one scale for the whole batch
     group  reward minus the prompt's mean, over the prompt's own deviation (GRPO, arXiv 2402.03300)
     batch  reward minus the batch's mean, over the batch's deviation
     raw    the reward itself
+    decoupled  GDPO (arXiv 2601.05242): every part of the reward over the prompt's mean and own deviation, the sum of them by
+           `weights` (parts,) over the batch's mean and deviation; `by_part` (parts, prompts, samples) holds what a sample
+           earns by each part
 
     loo divides by the deviation from the prompts' means over the batch: a prompt whose samples nearly tie keeps small
     advantages, where its own deviation would blow noise up to full size. All but raw are clipped to +-`limit`.
@@ -30,6 +39,9 @@ def advantages(rewards: torch.Tensor, mode: Advantage = "loo", limit: float = 5.
         return ((rewards - rewards.mean()) / (rewards.std() + 1e-4)).clamp(-limit, limit)
     if samples < 2:
         raise ValueError(f"advantage {mode} compares samples of one prompt: it needs at least 2, not {samples}")
+    if mode == "decoupled":
+        normal = (by_part - by_part.mean(2, keepdim=True)) / (by_part.std(2, keepdim=True) + 1e-4)
+        return advantages(torch.einsum("w,wps->ps", weights, normal), "batch", limit=limit)
     centred = rewards - rewards.mean(1, keepdim=True)
     if mode == "group":
         return (centred / (rewards.std(1, keepdim=True) + 1e-4)).clamp(-limit, limit)

@@ -36,17 +36,21 @@ def rollout(
     k: int,
     *,
     seed: int | tuple[int, ...],
+    first: int = 0,
     temperature: float,
     dtype: torch.dtype,
     max_new_tokens: int | None = None,
     progress: bool = False,
 ) -> Rollout:
-    """`k` responses to each prompt, up to the context's end or `max_new_tokens`. Same seed, device and dtype: same tokens."""
+    """`k` responses to each prompt, up to the context's end or `max_new_tokens`. Same seed, device and dtype: same tokens.
+
+    first: place of the first prompt among all that share the seed.
+    """
     prefixes = [pattern.prefix(prompt) for prompt in prompts]
     context = context_length(model)
     drawn = sample(
-        model, prefixes, k, eos_id=pattern.eos_id, vocabulary=pattern.size, seed=seed, temperature=temperature, dtype=dtype,
-        max_new_tokens=max_new_tokens, progress=progress,
+        model, prefixes, k, eos_id=pattern.eos_id, vocabulary=pattern.size, seed=seed, first=first, temperature=temperature,
+        dtype=dtype, max_new_tokens=max_new_tokens, progress=progress,
     )  # fmt: skip
     flat = [
         (prompt, prefix, completion)

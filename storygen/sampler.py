@@ -148,6 +148,7 @@ def sample(
     *,
     eos_id: int,
     seed: int | tuple[int, ...],
+    first: int = 0,
     vocabulary: int | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -158,6 +159,7 @@ def sample(
 ) -> list[list[Completion]]:
     """`num` completions of each prefix (token ids), up to `eos_id`, the context's end or `max_new_tokens`.
 
+    first: place of the first prefix among all that this seed samples, where several processes share them out.
     vocabulary: number of tokens; rows of the embedding matrix beyond it are its padding and never drawn. None: all rows.
     Same seed, device and dtype: same tokens. Raises `InputError` for a prefix that fills the context and for architectures
     other than GPT-2.
@@ -193,11 +195,11 @@ def sample(
             p, k = waiting.popleft()
             if p not in prefilled:
                 prefilled = {p: decoder.prefill(prefixes[p])}  # completions of a prompt are neighbours: one is enough
-            first, keys, values = prefilled[p]
+            after, keys, values = prefilled[p]
             decoder.place(len(jobs), keys, values)
-            fresh.append(first)
+            fresh.append(after)
             jobs.append((p, k))
-            streams.append(np.random.default_rng((*key, p, k)).random(room(prefixes[p]), dtype=np.float32))
+            streams.append(np.random.default_rng((*key, first + p, k)).random(room(prefixes[p]), dtype=np.float32))
             drawn.append(Completion([], [], False))
         if fresh:
             logits = torch.cat([logits, torch.stack(fresh)])

@@ -34,9 +34,10 @@ class Log:
         return self.file.tell()
 
 
-def progress(total: int, start: int, description: str) -> tqdm:
-    """The stage's one bar; silent where stderr is no terminal."""
-    return tqdm(total=total, initial=start, desc=description, unit="step", disable=None, dynamic_ncols=True)
+def progress(total: int, start: int, description: str, show: bool = True) -> tqdm:
+    """The stage's one bar; silent where stderr is no terminal, or without `show`."""
+    disable = None if show else True
+    return tqdm(total=total, initial=start, desc=description, unit="step", disable=disable, dynamic_ncols=True)
 
 
 def show_sample(title: str, prompt: str, think: str, story: str) -> None:

@@ -20,6 +20,20 @@ def test_advantages_by_hand():
     assert torch.equal(advantages(rewards, "raw"), rewards)
 
 
+def test_decoupled_advantages_by_hand():
+    """Each part counts by its weight alone, however small its spread beside the others'."""
+    big, small = torch.tensor([[1.0, 0.0], [3.0, 3.0]]), torch.tensor([[0.0, 0.01], [0.02, 0.0]])
+    weights = torch.tensor([0.75, 0.25])
+    parts = torch.stack([big, small])
+    z = 0.5 / (math.sqrt(0.5) + 1e-4)  # two samples one apart, in their own deviations
+    thin = 0.005 / (0.01 * math.sqrt(0.5) + 1e-4), 0.01 / (0.02 * math.sqrt(0.5) + 1e-4)
+    a = 0.75 * z - 0.25 * thin[0]
+    summed = torch.tensor([[a, -a], [0.25 * thin[1], -0.25 * thin[1]]])
+    expected = (summed - summed.mean()) / (summed.std() + 1e-4)
+    rewards = torch.einsum("w,wps->ps", weights, parts)
+    assert torch.allclose(advantages(rewards, "decoupled", parts, weights), expected, atol=1e-5)
+
+
 @given(st.integers(1, 5), st.integers(2, 6), st.integers(0, 10_000), st.floats(-3, 3))
 def test_baselines_ignore_a_shift_and_stay_in_bounds(prompts, k, seed, shift):
     rewards = torch.rand(prompts, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -37,8 +37,8 @@ RL = [
 ]
 
 
-def launch(name, *arguments):
-    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+def launch(*arguments):
+    command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
 
 
@@ -216,6 +216,28 @@ def test_killed_run_resumes_to_the_same_bytes(whole_run, zeroshot, home, how):
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert without_times(out / name) == without_times(whole_run / name)
     assert (out / "final/model.safetensors").read_bytes() == (whole_run / "final/model.safetensors").read_bytes()
+
+
+def test_two_processes_and_then_one_take_the_steps_of_one(whole_run, zeroshot, home):
+    """To rounding, which may turn a draw between two words: step 1's samples are equal, all later ones have equal prompts."""
+    out = home / "rl_shared"
+    arguments = ["--data", home / "data", "--model", zeroshot, "--out", out, "--resume", *RL]
+    done = launch("-m", "torch.distributed.run", "--nproc-per-node", 2, ROOT / "rl_train.py", *arguments, "--steps", 2)
+    assert done.returncode == 0 and done.stdout.count("preset demo") == 1, done.stderr
+    done = launch(ROOT / "rl_train.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    shared, alone = (without_times(run / "samples.jsonl") for run in (out, whole_run))
+    assert [(s["step"], s["prompt"]) for s in shared] == [(s["step"], s["prompt"]) for s in alone]
+    assert [s["story"] for s in shared if s["step"] < 2] == [s["story"] for s in alone if s["step"] < 2]
+    metrics = [without_times(run / "metrics.jsonl") for run in (out, whole_run)]
+    assert metrics[0][1] == pytest.approx(metrics[1][1], rel=1e-4, abs=1e-5)
+    assert [m["step"] for m in metrics[0]] == [0, 1, 2, 3, 4]
+
+
+def test_bad_input_is_told_once_by_all_processes(zeroshot, home):
+    done = launch("-m", "torch.distributed.run", "--nproc-per-node", 2, ROOT / "rl_train.py", "--data", home / "data",
+                  "--model", zeroshot, "--out", home / "bad", *RL, "--eval-prompts", 1)  # fmt: skip
+    assert done.stderr.count("error: 2 processes") == 1 and not (home / "bad").exists()
 
 
 def test_interrupted_fine_tuning_goes_on_to_the_same_bytes(home, zeroshot):

@@ -12,7 +12,7 @@ from storygen.rollout import rollout
 PROMPTS = ["A dog.", "A lamp that was lit every night.", "Rain.", "The sea rose."]
 ADVANTAGES = [1.0, -0.5, 0.2, -1.5, 0.7, 0.0, -0.3, 0.4]
 ARGS = Args(
-    prompts=4, k=2, advantage="raw", lr=0.1, warmup=1, minibatches=1, micro_tokens=10_000, max_grad_norm=1e9, kl_stop=1e9
+    prompts=4, k=2, lr=0.1, warmup=1, minibatches=1, micro_tokens=10_000, max_grad_norm=1e9, kl_stop=1e9
 )  # fmt: skip
 
 
@@ -28,9 +28,8 @@ def updated(tiny, batch, advantages=ADVANTAGES, beta=0.0, **settings):
     policy = copy.deepcopy(model)
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     args = dataclasses.replace(ARGS, **settings)
-    rewards = torch.tensor(advantages).view(4, 2)
-    given, stats = learn(policy, model, optimizer, batch, rewards, beta, 1, args, pattern, torch.float32)
-    assert given == pytest.approx(advantages, nan_ok=True)
+    by_prompt = torch.tensor(advantages).view(4, 2)
+    stats = learn(policy, model, optimizer, batch, by_prompt, range(4), beta, 1, args, pattern, torch.float32)
     return flat(policy), stats
 
 
@@ -92,5 +91,5 @@ def test_samples_of_another_policy_are_refused_before_anything_changes(tiny, bat
     before = flat(policy)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
     with pytest.raises(ForeignSamples, match="nats a token"):
-        learn(policy, model, optimizer, batch, torch.rand(4, 2), 0.1, 1, ARGS, pattern, torch.float32)
+        learn(policy, model, optimizer, batch, torch.rand(4, 2), range(4), 0.1, 1, ARGS, pattern, torch.float32)
     assert torch.equal(before, flat(policy)) and all(p.grad is None for p in policy.parameters())
