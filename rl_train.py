@@ -473,13 +473,10 @@ def next_state(state: dict, samples: list[Sample], scores: list[Score], kl: floa
     values = [quality(s, args.reward) for s in scores]
     mean, std = statistics.fmean(values), statistics.pstdev(values)
     if state["quality_mean"] is not None:
-        # A sample is "not worse" within one deviation of the running mean: about half of any batch lies below its mean.
-        floor = state["quality_mean"] - state["quality_std"]
-        good = [
-            s.verdict == "ok" and len(words(one.story)) >= 0.8 * target and value >= floor
-            for s, one, value in zip(scores, samples, values)
-        ]
-        target = next_length_target(target, sum(good) / len(good), state["length_low"], state["length_high"])
+        reached = [s.verdict == "ok" and len(words(one.story)) >= 0.8 * target for s, one in zip(scores, samples)]
+        # Of the batch, by two standard errors: half of a batch's samples lie below their mean, most of a weak model's near 0.
+        worse = mean < state["quality_mean"] - 2 * state["quality_std"] / len(values) ** 0.5
+        target = next_length_target(target, sum(reached) / len(reached), worse, state["length_low"], state["length_high"])
         mean = 0.9 * state["quality_mean"] + 0.1 * mean
         std = 0.9 * state["quality_std"] + 0.1 * std
     return state | {

@@ -117,13 +117,13 @@ def adapt_beta(beta: float, kl: float, target: float, low: float = 1e-4, high: f
     return min(max(beta, low), high)
 
 
-def next_length_target(target: float, good_share: float, low: float, high: float) -> float:
-    """The length target (words) after a step in which `good_share` of the samples were good at the present one.
+def next_length_target(target: float, reached: float, worse: bool, low: float, high: float) -> float:
+    """The length target (words) after a step in which a share `reached` of the samples came near the present one.
 
-    Rises by 2% from a share of 0.7 on, falls by 2% under 0.3, stays within [low, high].
+    Rises by 2% from a share of 0.7 on, unless the text got `worse`; falls by 2% under 0.3; stays within [low, high].
     """
-    if good_share >= 0.7:
+    if reached >= 0.7 and not worse:
         target *= 1.02
-    elif good_share < 0.3:
+    elif reached < 0.3:
         target /= 1.02
     return min(max(target, low), high)

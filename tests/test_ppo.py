@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -107,7 +108,29 @@ def test_kl_term_is_an_unbiased_estimate():
 def test_controllers():
     assert adapt_beta(0.1, 0.2, 0.1) > 0.1 > adapt_beta(0.1, 0.05, 0.1)
     assert adapt_beta(0.1, 0.1, 0.1) == 0.1 and adapt_beta(1.0, 9.0, 0.1) == 1.0
-    assert next_length_target(100, 0.7, 50, 200) == pytest.approx(102)
-    assert next_length_target(100, 0.5, 50, 200) == 100
-    assert next_length_target(100, 0.29, 50, 200) == pytest.approx(100 / 1.02)
-    assert next_length_target(199.9, 1.0, 50, 200) == 200 and next_length_target(50, 0.0, 50, 200) == 50
+
+
+def test_length_target_follows_the_samples():
+    assert next_length_target(100, 0.7, False, 50, 200) == pytest.approx(102)
+    assert next_length_target(100, 0.7, True, 50, 200) == 100
+    assert next_length_target(100, 0.5, False, 50, 200) == 100
+    assert next_length_target(100, 0.29, True, 50, 200) == pytest.approx(100 / 1.02)
+    assert next_length_target(199.9, 1.0, False, 50, 200) == 200 and next_length_target(50, 0.0, False, 50, 200) == 50
+
+
+@given(st.floats(60, 120), st.integers(0, 1000))
+def test_length_target_settles_where_the_samples_are(median, seed):
+    """From below it stops as soon as fewer than 70% of the stories reach 0.8 of it, from above as soon as 30% do."""
+    lengths = np.random.default_rng(seed).lognormal(math.log(median), 0.3, 500)
+
+    def reached(target: float) -> float:
+        return (lengths >= 0.8 * target).mean()
+
+    ends = []
+    for target in (40.0, 400.0):
+        for _ in range(200):
+            target = next_length_target(target, reached(target), False, 40, 400)
+        ends.append(target)
+    assert reached(ends[0]) < 0.7 <= reached(ends[0] / 1.02 - 1e-9) and reached(1.02 * ends[1] + 1e-9) < 0.3 <= reached(
+        ends[1]
+    )

@@ -2,11 +2,14 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
 
-from rl_train import Args, ForeignSamples, learn
+from rew_config import GUARDS, RewardConfig
+from reward import Sample, Score
+from rl_train import Args, ForeignSamples, learn, next_state
 from storygen.rollout import rollout
 
 PROMPTS = ["A dog.", "A lamp that was lit every night.", "Rain.", "The sea rose."]
@@ -93,3 +96,30 @@ def test_samples_of_another_policy_are_refused_before_anything_changes(tiny, bat
     with pytest.raises(ForeignSamples, match="nats a token"):
         learn(policy, model, optimizer, batch, torch.rand(4, 2), range(4), 0.1, 1, ARGS, pattern, torch.float32)
     assert torch.equal(before, flat(policy)) and all(p.grad is None for p in policy.parameters())
+
+
+def a_step(words: int, prose: float, verdict: str = "ok") -> tuple[list[Sample], list[Score]]:
+    """Eight stories of so many words that earn nothing but by prose."""
+    parts = dict.fromkeys(RewardConfig().weights(), 0.0) | {"length": 1.0, "prose": prose}
+    score = Score(0.5, verdict, parts, dict.fromkeys(GUARDS, 1.0), {})
+    return [Sample("A dog.", "It barks.", "word " * words, True)] * 8, [score] * 8
+
+
+@pytest.mark.parametrize(
+    "step, target",
+    [
+        (a_step(80, 0.8), 102.0),
+        (a_step(80, 0.7), 100.0),  # longer, but worse in another part than the running mean: by six standard errors
+        (a_step(79, 0.8), 100 / 1.02),
+        (a_step(120, 0.8, "no_eos"), 100 / 1.02),
+    ],
+)
+def test_length_target_rises_while_the_rest_holds(step, target):
+    weight = RewardConfig().weights()["prose"]
+    state = {
+        "length_target": 100.0, "length_low": 50.0, "length_high": 200.0, "beta": 0.1, "skipped_in_a_row": 0,
+        "quality_mean": 0.8 * weight, "quality_std": 0.05 * weight,
+    }  # fmt: skip
+    after = next_state(state, *step, kl=0.05, skipped=0, args=ARGS)
+    assert after["length_target"] == pytest.approx(target)
+    assert next_state(json.loads(json.dumps(state)), *step, kl=0.05, skipped=0, args=ARGS) == after
