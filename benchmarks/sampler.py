@@ -97,9 +97,7 @@ def by_generate(
 def by_us(model, pattern: Pattern, prompts: list[list[int]], k: int, most: int, fixed: bool, dtype, seed: int) -> int:
     """Response tokens that our sampler wrote: `k` of each prompt."""
     eos = -1 if fixed else pattern.eos_id  # -1: an end that is never drawn
-    drawn = sample(
-        model, prompts, k, eos_id=eos, vocabulary=pattern.size, seed=seed, max_new_tokens=most, dtype=dtype, max_rows=64
-    )
+    drawn = sample(model, prompts, k, eos_id=eos, vocabulary=pattern.size, seed=seed, max_new_tokens=most, dtype=dtype)
     return sum(len(one.ids) for row in drawn for one in row)
 
 

@@ -47,6 +47,7 @@ class _Decoder:
         # A transposed copy: at a few rows the product is bound by memory, and this order reads it in one sweep.
         self.head = model.lm_head.weight.detach()[:vocabulary].to(dtype).t().contiguous()
         self.cells = (slots, self.heads, length)
+        self.on_cpu = model.device.type == "cpu"
         self.keys = [self._cache(dtype, model) for _ in self.blocks]
         self.values = [self._cache(dtype, model) for _ in self.blocks]
 
@@ -54,7 +55,7 @@ class _Decoder:
         """Zeros (slots * heads * length, head width): what is masked out is multiplied by zero, so it must be a number."""
         slots, heads, length = self.cells
         shape = (slots * heads * length, model.config.n_embd // heads)
-        if model.device.type == "cpu" and dtype == torch.float32:
+        if self.on_cpu:  # fp32 whatever the dtype: see _attend
             return torch.from_numpy(np.zeros(shape, dtype=np.float32))  # memory that is not used is never touched
         return torch.zeros(shape, dtype=dtype, device=model.device)
 
@@ -100,6 +101,17 @@ class _Decoder:
             cells = self._cells(cache)
             cells[target, :, :length] = cells[source, :, :length]
 
+    def _attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Attention of one query a row, (rows, heads, 1, head width)."""
+        if not self.on_cpu:
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        # The processor's fused kernel is made for many queries: with one it is 3 times slower than two plain products in fp32,
+        # which read the cache at the speed of memory, and in bf16 5 times.
+        rows, heads, time, width = keys.shape
+        scaled = (q.float() * width**-0.5).view(rows * heads, width, 1)
+        weights = torch.bmm(keys.flatten(0, 1), scaled).view(rows, heads, 1, time).add_(mask).softmax(-1)
+        return torch.bmm(weights.view(rows * heads, 1, time), values.flatten(0, 1)).view_as(q).to(q.dtype)
+
     def step(self, tokens: torch.Tensor, positions: torch.Tensor, longest: int) -> torch.Tensor:
         """One token for each of the first n slots, at its own position: logits (n, vocabulary). `longest` = max position + 1."""
         n = len(tokens)
@@ -107,14 +119,14 @@ class _Decoder:
         _, heads, length = self.cells
         cell = (torch.arange(n, device=device)[:, None] * heads + torch.arange(heads, device=device)) * length
         cell = (cell + positions[:, None]).flatten()
-        mask = torch.zeros(n, 1, 1, longest, dtype=self.tokens.dtype, device=device)
+        mask = torch.zeros(n, 1, 1, longest, dtype=self.keys[0].dtype, device=device)
         mask.masked_fill_((torch.arange(longest, device=device) > positions[:, None])[:, None, None], -torch.inf)
 
         def attend(layer, q, k, v):
-            self.keys[layer].index_copy_(0, cell, k.reshape(n * heads, -1))
-            self.values[layer].index_copy_(0, cell, v.reshape(n * heads, -1))
+            for cache, new in ((self.keys[layer], k), (self.values[layer], v)):
+                cache.index_copy_(0, cell, new.reshape(n * heads, -1).to(cache.dtype))
             keys, values = (self._cells(cache[layer])[:n, :, :longest] for cache in (self.keys, self.values))
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+            return self._attend(q, keys, values, mask)
 
         x = self.tokens[tokens] + self.positions[positions]
         return (self._blocks(x[:, None], attend)[:, 0] @ self.head).float()
@@ -153,7 +165,7 @@ def sample(
     temperature: float = 1.0,
     top_p: float = 1.0,
     max_new_tokens: int | None = None,
-    max_rows: int = 64,
+    max_rows: int = 128,
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
 ) -> list[list[Completion]]:
