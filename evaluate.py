@@ -263,7 +263,7 @@ def main(args: Args) -> None:
     device = pick_device(args.device)
     for folder in args.models:
         Pattern(load_model(folder)[1])  # a folder that cannot be used is named before minutes go into the others
-    reference = load_model(args.reference, device) if args.reference else None
+    reference = load_model(args.reference, device, dtype=best_dtype(device)) if args.reference else None
     pool = load_prompts(args.data, args.split)
     if not pool:
         raise InputError(f"{args.data} holds no prompt of the split {args.split}: give another --split")
@@ -274,7 +274,7 @@ def main(args: Args) -> None:
 
     results, rows, first = [], [], None
     for folder in args.models:
-        model, tokenizer = load_model(folder, device)
+        model, tokenizer = load_model(folder, device, dtype=best_dtype(device))
         pattern = Pattern(tokenizer)
         batch = rollout(
             model, pattern, prompts, args.num, seed=args.seed, temperature=args.temperature, dtype=best_dtype(device),

@@ -212,7 +212,7 @@ def main(args: Args) -> None:
     config = as_json(args)
     print(json.dumps(config))
 
-    model, tokenizer = load_model(args.model, device, args.revision)
+    model, tokenizer = load_model(args.model, device, args.revision, dtype)
     add_pattern_tokens(model, tokenizer)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -301,8 +301,8 @@ def main(args: Args) -> None:
         raise InputError(f"{args.out} holds a run: continue it with --resume, or give another --out")
     dtype = pick_dtype(args.precision, device)
 
-    model, tokenizer = load_model(args.model, device)
-    reference, _ = load_model(args.model, device)
+    model, tokenizer = load_model(args.model, device, dtype=dtype)
+    reference, _ = load_model(args.model, device, dtype=dtype)
     reference.requires_grad_(False)
     pattern = Pattern(tokenizer)
     context = context_length(model)

@@ -63,8 +63,8 @@ class Ours:
 
     def __init__(self, args: rl_train.Args, pattern: Pattern, dtype: torch.dtype):
         self.args, self.pattern, self.dtype = args, pattern, dtype
-        self.model, _ = load_model(args.model, "cpu")
-        self.reference, _ = load_model(args.model, "cpu")
+        self.model, _ = load_model(args.model, "cpu", dtype=dtype)
+        self.reference, _ = load_model(args.model, "cpu", dtype=dtype)
         self.reference.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=args.adam_eps, weight_decay=0.0, fused=True
@@ -153,9 +153,9 @@ def arithmetic_seconds(model, tokens: float, rate: float) -> float:
     return 2 * tokens * (blocks * passes + head) / rate
 
 
-def matmul_rate() -> float:
-    """FLOP/s of a large fp32 matrix product, the best of ten."""
-    a, b = torch.randn(2048, 1024), torch.randn(1024, 2048)
+def matmul_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of ten."""
+    a, b = torch.randn(2048, 1024).to(dtype), torch.randn(1024, 2048).to(dtype)
     best = min(timed(lambda: a @ b) for _ in range(10))
     return 2 * 2048 * 1024 * 2048 / best
 
@@ -177,9 +177,10 @@ def main(args: Args) -> None:
         print(json.dumps({"peak_gb": int(status.partition("VmHWM:")[2].split()[0]) / 1e6}))
         return
     model, _ = load_model(args.model, "cpu")
-    rate, figures = matmul_rate(), {}
+    dtype = pick_dtype("auto", "cpu")
+    rate, figures = matmul_rate(dtype), {}
     print(
-        f"{torch.get_num_threads()} threads, {args.prompts} x {args.k} samples a step, matrix products {rate / 1e9:.0f} GFLOP/s"
+        f"{torch.get_num_threads()} threads, {args.prompts} x {args.k} samples a step, {dtype}, matrix products {rate / 1e9:.0f} GFLOP/s"
     )
     print(f"{'':8} {'':6} {'s/step min':>10} {'median':>8} {'max':>8} {'tokens/s':>9}   phases, s")
     for lengths in ("fixed", "spread"):

@@ -51,8 +51,8 @@ class Args:
 Batch = list[tuple[list[int], int]]
 
 
-def fresh(args: Args):
-    model, tokenizer = load_model(args.model, "cpu")
+def fresh(args: Args, dtype: torch.dtype = torch.float32):
+    model, tokenizer = load_model(args.model, "cpu", dtype=dtype)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -61,7 +61,7 @@ def fresh(args: Args):
 
 def ours(args: Args, batches: list[Batch], dtype: torch.dtype) -> tuple[float, list[float]]:
     """Seconds of all steps, and the loss of each, nats a response token."""
-    model, tokenizer = fresh(args)
+    model, tokenizer = fresh(args, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     losses, clock = [], time.perf_counter()
     for batch in batches:

@@ -136,3 +136,15 @@ def test_bad_model_folders_are_refused(tmp_path):
     save_model(model, tokenizer, tmp_path / "other")
     with pytest.raises(InputError, match="another tokenizer"):
         load_model(tmp_path / "other")
+
+
+@pytest.mark.parametrize("context, attends", [(256, "eager"), (1024, "sdpa")])
+def test_short_models_attend_by_plain_products_in_bf16_to_the_same_log_probabilities(tmp_path, context, attends):
+    model, tokenizer = tiny_gpt2(context=context)
+    save_model(model, tokenizer, tmp_path / "model")
+    loaded, _ = load_model(tmp_path / "model", dtype=torch.bfloat16)
+    assert loaded.config._attn_implementation == attends
+    plain = response_logps(model, ROWS, STARTS, tokenizer.pad_token_id)
+    torch.testing.assert_close(response_logps(loaded, ROWS, STARTS, tokenizer.pad_token_id), plain, atol=1e-4, rtol=1e-4)
+    rough = response_logps(loaded, ROWS, STARTS, tokenizer.pad_token_id, dtype=torch.bfloat16)
+    assert 0 < (rough - plain).abs().mean() < 0.1
