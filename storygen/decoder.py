@@ -1,0 +1,133 @@
+"""GPT-2's forward pass over a preallocated KV cache, and the draw of a token from its logits."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import GPT2LMHeadModel
+
+
+class Decoder:
+    """GPT-2's forward pass over slots of a KV cache, with its weights in one dtype."""
+
+    def __init__(self, model: GPT2LMHeadModel, slots: int, length: int, dtype: torch.dtype, vocabulary: int | None):
+        config = model.config
+        self.heads, self.eps = config.n_head, config.layer_norm_epsilon
+        self.activation = model.transformer.h[0].mlp.act
+
+        def to(module) -> tuple[torch.Tensor, torch.Tensor]:
+            return module.weight.detach().to(dtype), module.bias.detach().to(dtype)
+
+        self.blocks = [
+            (to(b.ln_1), to(b.attn.c_attn), to(b.attn.c_proj), to(b.ln_2), to(b.mlp.c_fc), to(b.mlp.c_proj))
+            for b in model.transformer.h
+        ]
+        self.final_norm = to(model.transformer.ln_f)
+        self.tokens = model.transformer.wte.weight.detach().to(dtype)
+        self.positions = model.transformer.wpe.weight.detach().to(dtype)
+        # A transposed copy: at a few rows the product is bound by memory, and this order reads it in one sweep.
+        self.head = model.lm_head.weight.detach()[:vocabulary].to(dtype).t().contiguous()
+        self.cells = (slots, self.heads, length)
+        self.on_cpu = model.device.type == "cpu"
+        self.keys = [self._cache(dtype, model) for _ in self.blocks]
+        self.values = [self._cache(dtype, model) for _ in self.blocks]
+
+    def _cache(self, dtype: torch.dtype, model: GPT2LMHeadModel) -> torch.Tensor:
+        """Zeros (slots * heads * length, head width): what is masked out is multiplied by zero, so it must be a number."""
+        slots, heads, length = self.cells
+        shape = (slots * heads * length, model.config.n_embd // heads)
+        if self.on_cpu:  # fp32 whatever the dtype: see _attend
+            return torch.from_numpy(np.zeros(shape, dtype=np.float32))  # memory that is not used is never touched
+        return torch.zeros(shape, dtype=dtype, device=model.device)
+
+    def _cells(self, cache: torch.Tensor) -> torch.Tensor:
+        """(slots, heads, length, head width)"""
+        return cache.view(*self.cells, -1)
+
+    def _norm(self, x: torch.Tensor, parameters: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], *parameters, self.eps)
+
+    def _blocks(self, x: torch.Tensor, attend) -> torch.Tensor:
+        """(rows, time, width) through every block; `attend(layer, q, k, v)` has (rows, heads, time, head width) tensors."""
+        rows, time, width = x.shape
+        for layer, (norm_1, qkv, out, norm_2, up, down) in enumerate(self.blocks):
+            states = self._norm(x, norm_1).view(-1, width)
+            q, k, v = torch.addmm(qkv[1], states, qkv[0]).view(rows, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            mixed = attend(layer, q, k, v).transpose(1, 2).reshape(-1, width)
+            x = x + torch.addmm(out[1], mixed, out[0]).view_as(x)
+            states = self.activation(torch.addmm(up[1], self._norm(x, norm_2).view(-1, width), up[0]))
+            x = x + torch.addmm(down[1], states, down[0]).view_as(x)
+        return self._norm(x, self.final_norm)
+
+    def prefill(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One prompt: logits (vocabulary,) after its last token, its keys and values (layers, heads, tokens, head width)."""
+        keys, values = [], []
+
+        def attend(layer, q, k, v):
+            keys.append(k[0])
+            values.append(v[0])
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        x = self.tokens[torch.tensor(ids, device=self.tokens.device)] + self.positions[: len(ids)]
+        x = self._blocks(x[None], attend)
+        return (x[0, -1] @ self.head).float(), torch.stack(keys), torch.stack(values)
+
+    def place(self, slots: list[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """A prefill's keys and values into the start of each of `slots`."""
+        for cache, new in ((self.keys, keys), (self.values, values)):
+            for layer, one in enumerate(cache):
+                self._cells(one)[slots, :, : new.shape[2]] = new[layer].to(one.dtype)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        for cache in (*self.keys, *self.values):
+            cells = self._cells(cache)
+            cells[target, :, :length] = cells[source, :, :length]
+
+    def _attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Attention of one query a row, (rows, heads, 1, head width)."""
+        if not self.on_cpu:
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        # The processor's fused kernel is made for many queries: with one it is 3 times slower than two plain products in fp32,
+        # which read the cache at the speed of memory, and in bf16 5 times.
+        rows, heads, time, width = keys.shape
+        scaled = (q.float() * width**-0.5).view(rows * heads, width, 1)
+        weights = torch.bmm(keys.flatten(0, 1), scaled).view(rows, heads, 1, time).add_(mask).softmax(-1)
+        return torch.bmm(weights.view(rows * heads, 1, time), values.flatten(0, 1)).view_as(q).to(q.dtype)
+
+    def step(self, tokens: torch.Tensor, positions: torch.Tensor, longest: int) -> torch.Tensor:
+        """One token for each of the first n slots, at its own position: logits (n, vocabulary). `longest` = max position + 1."""
+        n = len(tokens)
+        device = tokens.device
+        _, heads, length = self.cells
+        cell = (torch.arange(n, device=device)[:, None] * heads + torch.arange(heads, device=device)) * length
+        cell = (cell + positions[:, None]).flatten()
+        mask = torch.zeros(n, 1, 1, longest, dtype=self.keys[0].dtype, device=device)
+        mask.masked_fill_((torch.arange(longest, device=device) > positions[:, None])[:, None, None], -torch.inf)
+
+        def attend(layer, q, k, v):
+            for cache, new in ((self.keys[layer], k), (self.values[layer], v)):
+                cache.index_copy_(0, cell, new.reshape(n * heads, -1).to(cache.dtype))
+            keys, values = (self._cells(cache[layer])[:n, :, :longest] for cache in (self.keys, self.values))
+            return self._attend(q, keys, values, mask)
+
+        x = self.tokens[tokens] + self.positions[positions]
+        return (self._blocks(x[:, None], attend)[:, 0] @ self.head).float()
+
+
+def draw(
+    logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse-CDF sampling, one token a row from one uniform a row, and its log-probability under the law drawn from."""
+    if temperature != 1.0:
+        logits = logits / temperature
+    if top_p < 1.0:
+        ordered, index = logits.log_softmax(-1).sort(-1, descending=True)
+        mass = ordered.exp().cumsum(-1)
+        # The nucleus (Holtzman et al., arXiv 1904.09751) holds the token that crosses top_p.
+        ordered = ordered.masked_fill(mass - ordered.exp() >= top_p, -torch.inf)
+        logits = torch.empty_like(logits).scatter_(-1, index, ordered)
+    shifted = logits - logits.amax(-1, keepdim=True)
+    weights = shifted.exp()
+    cdf = weights.cumsum(-1)
+    # right=True: the first entry above the draw, which a token of probability zero never is.
+    chosen = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)
+    return chosen[:, 0], shifted.gather(-1, chosen)[:, 0] - weights.sum(-1).log()
