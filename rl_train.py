@@ -31,6 +31,7 @@ from storygen.checkpoint import Interrupt, checkpoints, load_model, load_state, 
 from storygen.cli import InputError, as_json, fill, pick_device, run, write_atomically
 from storygen.corpus import load_manifest, load_prompts
 from storygen.logprobs import Precision, check_forward, pick_dtype, response_logps
+from storygen.memory import Shape, free_memory, plan_rl
 from storygen.pattern import Pattern, context_length
 from storygen.ppo import Advantage, adapt_beta, advantages, next_length_target, policy_loss
 from storygen.processes import add, add_gradients, gather, process_group, share
@@ -80,8 +81,11 @@ class Args:
     """Passes over a step's samples."""
     minibatches: int = 2
     """Optimizer steps a pass; a prompt's samples stay together."""
+    rows: int = 256
+    """Samples drawn at once, at most. Fewer where memory lacks; without effect on the result but for rounding."""
     micro_tokens: int | None = None
-    """Tokens of one forward and backward pass, padding included: the memory knob, without effect on the result. By preset."""
+    """Tokens of one forward and backward pass, padding included, at most. Fewer where memory lacks; the result is the same but
+    for rounding. Default by preset."""
     clip_low: float = 0.2
     """The ratio is clipped below 1 - clip_low."""
     clip_high: float = 0.28
@@ -281,7 +285,18 @@ def main(args: Args) -> None:
     preset = manifest["preset"]
     print(f"preset {preset}, as {args.data}/manifest.json says")
     fill(args, RECIPES[preset])
-    for name in ("steps", "prompts", "k", "epochs", "minibatches", "micro_tokens", "eval_every", "save_every", "keep"):
+    for name in (
+        "steps",
+        "prompts",
+        "k",
+        "rows",
+        "epochs",
+        "minibatches",
+        "micro_tokens",
+        "eval_every",
+        "save_every",
+        "keep",
+    ):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if args.advantage in ("loo", "group", "decoupled") and args.k < 2:
@@ -299,7 +314,7 @@ def main(args: Args) -> None:
     states = args.out / "checkpoints"
     if checkpoints(states) and not args.resume:
         raise InputError(f"{args.out} holds a run: continue it with --resume, or give another --out")
-    dtype = pick_dtype(args.precision, device)
+    dtype, free = pick_dtype(args.precision, device), free_memory(device)
 
     model, tokenizer = load_model(args.model, device, dtype=dtype)
     reference, _ = load_model(args.model, device, dtype=dtype)
@@ -327,7 +342,18 @@ def main(args: Args) -> None:
     if state is not None and state["config"] != config:
         changed = sorted(k for k in config if state["config"].get(k) != config[k])
         raise InputError(f"{args.out} holds a run with other settings ({', '.join(changed)}): give another --out")
-    state = state or {"step": 0, "metrics_size": 0, "samples_size": 0}
+    if state is None:
+        plan = plan_rl(
+            Shape.of(model), rows=min(args.rows, max(args.prompts * args.k, args.eval_prompts)), micro_tokens=args.micro_tokens,
+            dtype=dtype, on_cpu=device == "cpu", attention=model.config._attn_implementation, available=free,
+        )  # fmt: skip
+        print(plan)
+        # A resumed run goes on with them, whatever is free then: rounding depends on them.
+        state = {
+            "step": 0, "metrics_size": 0, "samples_size": 0,
+            "rows": min(gather([plan.rows])), "micro_tokens": min(gather([plan.micro_tokens])),
+        }  # fmt: skip
+    args.micro_tokens = state["micro_tokens"]
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
     run_facts = {"args": as_json(args), "preset": preset, "versions": versions, "dtype": str(dtype), **config}
     print(json.dumps(as_json(args)))
@@ -352,8 +378,9 @@ def main(args: Args) -> None:
         """Responses to this process's share of the prompts."""
         mine = share(len(of))
         return rollout(
-            model, pattern, [of[i] for i in mine], k, seed=seed, first=mine.start, max_new_tokens=args.max_new_tokens, **law
-        )
+            model, pattern, [of[i] for i in mine], k, seed=seed, first=mine.start, max_rows=state["rows"],
+            max_new_tokens=args.max_new_tokens, **law,
+        )  # fmt: skip
 
     def evaluate(step: int) -> tuple[dict, Rollout, list[Sample]]:
         """Held-out prompts, always the same seed, scored against the human median length, so that steps compare."""

@@ -40,17 +40,18 @@ def rollout(
     temperature: float,
     dtype: torch.dtype,
     max_new_tokens: int | None = None,
+    max_rows: int = 128,
     progress: bool = False,
 ) -> Rollout:
     """`k` responses to each prompt, up to the context's end or `max_new_tokens`. Same seed, device and dtype: same tokens.
 
-    first: place of the first prompt among all that share the seed.
+    first: place of the first prompt among all that share the seed. max_rows: drawn at once, at most.
     """
     prefixes = [pattern.prefix(prompt) for prompt in prompts]
     context = context_length(model)
     drawn = sample(
         model, prefixes, k, eos_id=pattern.eos_id, vocabulary=pattern.size, seed=seed, first=first, temperature=temperature,
-        dtype=dtype, max_new_tokens=max_new_tokens, progress=progress,
+        dtype=dtype, max_new_tokens=max_new_tokens, max_rows=max_rows, progress=progress,
     )  # fmt: skip
     flat = [
         (prompt, prefix, completion)

@@ -1,0 +1,117 @@
+"""What a run will hold in memory at its peak, and how large its batches may be so that it fits.
+
+Counted, not measured, from the model's shape; all figures in bytes. docs/performance.md holds the counts against measured peaks.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from storygen.cli import InputError
+
+MARGIN = 0.9  # share of what is free that may be planned for: allocators keep a little more than is asked for
+LOGITS_CHUNK = 1024  # positions whose logits exist at once, see logprobs.response_logps
+REWARD = int(0.4e9)  # encoder, its batch of texts, chance panels
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a GPT-like model: parameters (tied ones once), tokens of the vocabulary, layers, width, heads, context."""
+
+    parameters: int
+    vocabulary: int
+    layers: int
+    width: int
+    heads: int
+    context: int
+
+    @staticmethod
+    def of(model: torch.nn.Module) -> "Shape":
+        config: Any = model.config
+        parameters = sum(p.numel() for p in model.parameters())
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        return Shape(
+            parameters, vocabulary, config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
+            config.max_position_embeddings,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """rows: sampled at once; micro_tokens: of one forward and backward pass; held: what for, and how much; available: bytes."""
+
+    rows: int
+    micro_tokens: int
+    held: dict[str, int]
+    available: int
+
+    @property
+    def peak(self) -> int:
+        """Sampling and update never hold theirs at once."""
+        return self.held["weights and AdamW"] + self.held["reward"] + max(self.held["sampling"], self.held["update"])
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self.held.items())
+        return (
+            f"memory, GB: {self.peak / 1e9:.2f} at the peak of {self.available / 1e9:.1f} free ({parts}); "
+            f"{self.rows} rows sampled at once, passes of {self.micro_tokens} tokens"
+        )
+
+
+def activations(shape: Shape, tokens: int, longest: int, attention: str) -> int:
+    """Kept from the forward for the backward pass of `tokens` tokens, padding included, in rows of at most `longest`.
+
+    A GPT-2 block keeps 16 values of the width a token in fp32 and not much fewer under autocast: inputs and outputs of two
+    norms and of the residual sums, queries, keys and values, the attention's output, and twice the fourfold inner width.
+    Plain ("eager") attention also keeps the weights of every head.
+    """
+    weights = 6 * shape.heads * longest if attention == "eager" else 0
+    return tokens * shape.layers * (64 * shape.width + weights)
+
+
+def plan_rl(
+    shape: Shape, *, rows: int, micro_tokens: int, dtype: torch.dtype, on_cpu: bool, attention: str, available: int
+) -> Plan:
+    """For RL: policy, frozen reference, AdamW, sampler and reward. `rows` and `micro_tokens`: what would be best.
+
+    Both are halved until they fit, micro_tokens down to a single row that fills the context. Raises `InputError` where that is
+    not enough.
+    """
+    half = 2 if dtype == torch.bfloat16 else 4
+    fixed = (4 + 4 + 8) * shape.parameters
+    cell = 2 * shape.layers * shape.width * (4 if on_cpu else half)  # keys and values of a token; a processor's are fp32
+
+    def held(rows: int, micro_tokens: int) -> Plan:
+        copies = half * (shape.parameters + shape.vocabulary * shape.width)  # the sampler's weights and its transposed head
+        sampling = copies + rows * (shape.context * cell + 16 * shape.vocabulary)
+        casts = half * shape.parameters if half == 2 else 0
+        chunk = min(LOGITS_CHUNK, micro_tokens) * shape.vocabulary * (12 + half)
+        update = 4 * shape.parameters + casts + chunk + activations(shape, micro_tokens, shape.context, attention)
+        sizes = {"weights and AdamW": fixed, "reward": REWARD, "sampling": sampling, "update": update}
+        return Plan(rows, micro_tokens, sizes, available)
+
+    plan = held(rows, micro_tokens)
+    while plan.peak > MARGIN * available:
+        sampling_is_larger = plan.held["sampling"] >= plan.held["update"]
+        if sampling_is_larger and plan.rows > 1:
+            plan = held(plan.rows // 2, plan.micro_tokens)
+        elif plan.micro_tokens > shape.context:
+            plan = held(plan.rows, max(shape.context, plan.micro_tokens // 2))
+        elif plan.rows > 1:
+            plan = held(plan.rows // 2, plan.micro_tokens)
+        else:
+            raise InputError(
+                f"the run needs {plan.peak / 1e9:.1f} GB with one row at a time, and {available / 1e9:.1f} GB are free: "
+                "take a smaller model, or stop what else uses the memory"
+            )
+    return plan
+
+
+def free_memory(device: str | torch.device) -> int:
+    """Bytes that this process may take on a device."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes here

@@ -1,0 +1,58 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from storygen.cli import InputError
+from storygen.logprobs import response_logps
+from storygen.memory import MARGIN, Shape, activations, plan_rl
+
+GPT2 = Shape(parameters=124_439_808, vocabulary=50_304, layers=12, width=768, heads=12, context=1024)
+LAW = {"dtype": torch.bfloat16, "on_cpu": False, "attention": "sdpa"}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_what_a_forward_pass_keeps(attention, dtype):
+    """Against the bytes that autograd really saves, for the layers alone: embeddings and head are the same in both models."""
+    kept = []
+    for layers in (2, 6):
+        config = GPT2Config(n_embd=128, n_layer=layers, n_head=4, vocab_size=512, bos_token_id=0, eos_token_id=0)
+        model = GPT2LMHeadModel(config).eval()
+        model.set_attn_implementation(attention)
+        for block in model.transformer.h:
+            block.mlp.act = torch.nn.GELU(approximate="tanh")
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        saved = {}
+
+        def pack(tensor, own=own, saved=saved):
+            if tensor.untyped_storage().data_ptr() not in own:
+                saved[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address comes twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            response_logps(model, [list(range(5, 205))] * 2, [1, 1], 0, dtype=dtype)
+        kept.append(sum(tensor.untyped_storage().nbytes() for tensor in saved.values()))
+    counted = activations(Shape.of(model), 400, 200, attention) * 4 // 6
+    assert 0.95 * (kept[1] - kept[0]) < counted < 1.6 * (kept[1] - kept[0])
+
+
+def test_gpt2_fits_a_card_of_16_gb():
+    plan = plan_rl(GPT2, rows=256, micro_tokens=8192, available=int(15.5e9), **LAW)
+    assert plan.rows == 256 and plan.micro_tokens >= 4096 and plan.peak < 14e9
+    assert plan.held["weights and AdamW"] == 16 * GPT2.parameters
+
+
+@given(st.floats(5.2, 80), st.integers(1, 600), st.integers(1024, 65536))
+def test_plans_fit_and_take_no_more_than_was_asked_for(gigabytes, rows, micro_tokens):
+    available = int(gigabytes * 1e9)
+    plan = plan_rl(GPT2, rows=rows, micro_tokens=micro_tokens, available=available, **LAW)
+    assert plan.peak <= MARGIN * available and 1 <= plan.rows <= rows and 1024 <= plan.micro_tokens <= micro_tokens
+    more = plan_rl(GPT2, rows=rows, micro_tokens=micro_tokens, available=2 * available, **LAW)
+    assert more.rows >= plan.rows and more.micro_tokens >= plan.micro_tokens
+
+
+def test_what_cannot_fit_is_refused_with_both_figures():
+    with pytest.raises(InputError, match=r"needs 4\.\d GB with one row at a time, and 1\.0 GB are free"):
+        plan_rl(GPT2, rows=64, micro_tokens=8192, available=10**9, **LAW)
