@@ -16,8 +16,11 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +34,7 @@ from storygen.checkpoint import Interrupt, checkpoints, load_model, load_state, 
 from storygen.cli import InputError, as_json, fill, pick_device, run, write_atomically
 from storygen.corpus import load_manifest, load_prompts
 from storygen.logprobs import Precision, check_forward, pick_dtype, response_logps
-from storygen.memory import Shape, free_memory, plan_rl
+from storygen.memory import Shape, free_memory, halve_until_it_fits, plan_rl
 from storygen.pattern import Pattern, context_length
 from storygen.ppo import Advantage, adapt_beta, advantages, next_length_target, policy_loss
 from storygen.processes import add, add_gradients, gather, process_group, share
@@ -156,11 +159,36 @@ def learn(
     law = {"temperature": args.temperature, "dtype": dtype}
     generator, lengths = np.random.default_rng((args.seed, step, 1)), [len(row) for row in batch.rows]
 
-    def micro_batches(members: list[int]) -> list[list[int]]:
+    def micro_batches(members: list[int], micro_tokens: int) -> list[list[int]]:
         """Of rows that go through the model together."""
-        return [
-            [members[m] for m in micro] for micro in token_budget_batches([lengths[i] for i in members], args.micro_tokens)
-        ]
+        return [[members[m] for m in micro] for micro in token_budget_batches([lengths[i] for i in members], micro_tokens)]
+
+    def fitting(work: Callable[[int], Any]) -> Any:
+        return halve_until_it_fits(args, "micro_tokens", max(lengths), work)
+
+    def logps_under(policy, members: list[int]) -> list[torch.Tensor]:
+        return fitting(lambda size: rollout_logps(policy, pattern, batch, micro_batches(members, size), **law))
+
+    def gradient(members: list[int], tokens: float, on_policy: bool, micro_tokens: int) -> dict[str, float]:
+        """Add up a minibatch's gradient. Returns sums over its tokens; of `on_policy` members the old log-probabilities too."""
+        optimizer.zero_grad()
+        seen = {"approx_kl": 0.0, "clipped": 0.0, "loss": 0.0}
+        for micro in micro_batches(members, micro_tokens):
+            rows, starts = [batch.rows[i] for i in micro], [batch.starts[i] for i in micro]
+            logps = response_logps(model, rows, starts, pattern.pad_id, vocabulary=pattern.size, **law)
+            if on_policy:
+                for i, logp in zip(micro, logps.detach().split([len(ref[i]) for i in micro]), strict=True):
+                    old[i] = logp
+            old_logps, ref_logps = torch.cat([old[i] for i in micro]), torch.cat([ref[i] for i in micro])
+            per_token = torch.cat([torch.full_like(ref[i], advantage.view(-1)[i]) for i in micro])
+            loss, stats = policy_loss(
+                logps, old_logps, ref_logps, per_token, tokens, beta=beta,
+                clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip,
+            )  # fmt: skip
+            loss.backward()
+            for name in seen:
+                seen[name] += getattr(stats, name)
+        return seen
 
     parts = [
         [mine.index(g) * args.k + j for g in sorted(part.tolist()) if g in mine for j in range(args.k)]
@@ -170,30 +198,13 @@ def learn(
     part_tokens = add(*(sum(lengths[i] - batch.starts[i] for i in part) for part in parts))
     # The first minibatch meets the policy that sampled it: its own forward pass gives its old log-probabilities.
     later = [i for part in parts[1 : args.minibatches] for i in part]
-    old = rollout_logps(model, pattern, batch, micro_batches(later), **law)
-    ref = rollout_logps(reference, pattern, batch, micro_batches(range(len(lengths))), **law)
-    sampled = batch.sampler_logps.split([length - start for length, start in zip(lengths, batch.starts, strict=True)])
+    old = logps_under(model, later)
+    ref = logps_under(reference, list(range(len(lengths))))
 
     totals = {"approx_kl": 0.0, "clipped": 0.0, "loss": 0.0, "tokens": 0, "skipped": 0, "updates": 0, "grad_norm": 0.0}
     gap = 0.0
     for number, (members, tokens) in enumerate(zip(parts, part_tokens, strict=True)):
-        seen = {"approx_kl": 0.0, "clipped": 0.0, "loss": 0.0, "gap": 0.0}
-        for micro in micro_batches(members):
-            rows, starts = [batch.rows[i] for i in micro], [batch.starts[i] for i in micro]
-            logps = response_logps(model, rows, starts, pattern.pad_id, vocabulary=pattern.size, **law)
-            if number == 0:
-                for i, logp in zip(micro, logps.detach().split([len(sampled[i]) for i in micro]), strict=True):
-                    old[i] = logp
-            old_logps, ref_logps = torch.cat([old[i] for i in micro]), torch.cat([ref[i] for i in micro])
-            per_token = torch.cat([torch.full_like(ref[i], advantage.view(-1)[i]) for i in micro])
-            loss, stats = policy_loss(
-                logps, old_logps, ref_logps, per_token, tokens, beta=beta,
-                clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip,
-            )  # fmt: skip
-            loss.backward()
-            seen["approx_kl"] += stats.approx_kl
-            seen["clipped"] += stats.clipped
-            seen["loss"] += stats.loss
+        seen = fitting(partial(gradient, members, tokens, number == 0)) | {"gap": 0.0}
         if number == 0:
             seen["gap"] = (torch.cat(old) - batch.sampler_logps).abs().sum().item()
         add_gradients(model)
@@ -353,7 +364,7 @@ def main(args: Args) -> None:
             "step": 0, "metrics_size": 0, "samples_size": 0,
             "rows": min(gather([plan.rows])), "micro_tokens": min(gather([plan.micro_tokens])),
         }  # fmt: skip
-    args.micro_tokens = state["micro_tokens"]
+    args.rows, args.micro_tokens = state["rows"], state["micro_tokens"]
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
     run_facts = {"args": as_json(args), "preset": preset, "versions": versions, "dtype": str(dtype), **config}
     print(json.dumps(as_json(args)))
@@ -371,16 +382,18 @@ def main(args: Args) -> None:
     def save(step: int) -> None:
         if chief:
             state.update(metrics_size=metrics.size(), samples_size=samples_log.size(), config=config)
+            state.update(rows=args.rows, micro_tokens=args.micro_tokens)
             save_state(states, step, model, optimizer, state, args.keep)
         processes.wait_for_everyone()
 
     def own_rollout(of: list[str], k: int, seed: tuple[int, ...]) -> Rollout:
         """Responses to this process's share of the prompts."""
         mine = share(len(of))
-        return rollout(
-            model, pattern, [of[i] for i in mine], k, seed=seed, first=mine.start, max_rows=state["rows"],
+        draw = partial(
+            rollout, model, pattern, [of[i] for i in mine], k, seed=seed, first=mine.start,
             max_new_tokens=args.max_new_tokens, **law,
         )  # fmt: skip
+        return halve_until_it_fits(args, "rows", 1, lambda rows: draw(max_rows=rows))
 
     def evaluate(step: int) -> tuple[dict, Rollout, list[Sample]]:
         """Held-out prompts, always the same seed, scored against the human median length, so that steps compare."""

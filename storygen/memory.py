@@ -3,15 +3,20 @@
 Counted, not measured, from the model's shape; all figures in bytes. docs/performance.md holds the counts against measured peaks.
 """
 
+import gc
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
+from tqdm import tqdm
 
 from storygen.cli import InputError
 
+Result = TypeVar("Result")
 MARGIN = 0.9  # share of what is free that may be planned for: allocators keep a little more than is asked for
 LOGITS_CHUNK = 1024  # positions whose logits exist at once, see logprobs.response_logps
 REWARD = int(0.4e9)  # encoder, its batch of texts, chance panels
@@ -115,3 +120,30 @@ def free_memory(device: str | torch.device) -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes here
+
+
+def halve_until_it_fits(settings: Any, name: str, least: int, work: Callable[[int], Result]) -> Result:
+    """`work(settings.NAME)`; where that runs out of memory the setting is halved, for good, and the same work is done again.
+
+    `least`: where halving stops to help; then an `InputError` says so.
+    """
+    while True:
+        size = getattr(settings, name)
+        try:
+            return work(size)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        # Past the handler: the error's traceback would hold on to the tensors of the work that failed.
+        if size <= least:
+            raise InputError(f"out of memory at --{name.replace('_', '-')} {size}, the least there is: take a smaller model")
+        setattr(settings, name, max(least, size // 2))
+        tqdm.write(f"warning: out of memory: {name} {size} -> {getattr(settings, name)}, same work again", file=sys.stderr)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """The GPU's allocator has its own error; the processor's is told by its words."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 
+import rl_train
 from rew_config import GUARDS, RewardConfig
 from reward import Sample, Score
 from rl_train import Args, ForeignSamples, learn, next_state
+from storygen.cli import InputError
 from storygen.rollout import rollout
 
 PROMPTS = ["A dog.", "A lamp that was lit every night.", "Rain.", "The sea rose."]
@@ -123,3 +125,41 @@ def test_length_target_rises_while_the_rest_holds(step, target):
     after = next_state(state, *step, kl=0.05, skipped=0, args=ARGS)
     assert after["length_target"] == pytest.approx(target)
     assert next_state(json.loads(json.dumps(state)), *step, kl=0.05, skipped=0, args=ARGS) == after
+
+
+@pytest.mark.parametrize(
+    "failing", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 9 GB")]
+)
+def test_an_update_that_runs_out_of_memory_takes_the_same_step_in_smaller_passes(tiny, batch, monkeypatch, capsys, failing):
+    plain, whole = rl_train.response_logps, updated(tiny, batch)
+    sizes = []
+
+    def short_of_memory(model, rows, *args, **kwargs):
+        sizes.append(len(rows) * max(map(len, rows)))
+        if sizes[-1] > 200:
+            raise failing
+        return plain(model, rows, *args, **kwargs)
+
+    monkeypatch.setattr(rl_train, "response_logps", short_of_memory)
+    monkeypatch.setattr("storygen.rollout.response_logps", short_of_memory)
+    weights, stats = updated(tiny, batch, micro_tokens=1000)
+    assert torch.allclose(weights, whole[0], atol=1e-5) and stats == pytest.approx(whole[1], abs=1e-4)
+    assert max(sizes) > 200 and "micro_tokens 1000 -> 500, same work again" in capsys.readouterr().err
+
+
+def test_a_single_row_too_large_for_memory_is_told(tiny, batch, monkeypatch):
+    def no_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(rl_train, "response_logps", no_memory)
+    with pytest.raises(InputError, match="out of memory at --micro-tokens"):
+        updated(tiny, batch)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(tiny, batch, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(rl_train, "response_logps", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        updated(tiny, batch)
