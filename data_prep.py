@@ -25,7 +25,7 @@ from tqdm import tqdm
 from storygen.bertscore import fingerprint, load_encoder
 from storygen.calibration import calibrate
 from storygen.cleaning import Bounds
-from storygen.cli import InputError, as_json, file_sha256, fill, pick_device, run, write_atomically
+from storygen.cli import InputError, as_json, claim, file_sha256, fill, pick_device, run, write_atomically
 from storygen.corpus import Columns, read_hub, read_rows
 from storygen.duplicates import text_key
 from storygen.idf import build_idf
@@ -114,6 +114,7 @@ def main(args: Args) -> None:
     encoder = load_encoder(args.encoder, args.encoder_layer, args.device)
 
     out = args.out.resolve()
+    lock = claim(out)  # noqa: F841  held until the process ends
     aside = out.with_name(f".{out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:

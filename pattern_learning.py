@@ -24,7 +24,7 @@ import torch
 
 from storygen.batching import token_budget_batches
 from storygen.checkpoint import Interrupt, load_model, load_state, save_model, save_state
-from storygen.cli import InputError, as_json, fill, pick_device, run, write_atomically
+from storygen.cli import InputError, as_json, claim, fill, pick_device, run, write_atomically
 from storygen.corpus import load_manifest, load_sft
 from storygen.logprobs import Precision, pick_dtype, response_logps
 from storygen.pattern import Pattern, add_pattern_tokens, context_length
@@ -249,6 +249,7 @@ def main(args: Args) -> None:
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=args.adam_eps, weight_decay=args.weight_decay, fused=True
     )
     states, best_folder = args.out / "checkpoints", args.out / "best"
+    lock = claim(args.out)  # noqa: F841  held until the process ends
     args.out.mkdir(parents=True, exist_ok=True)
     state = load_state(states, model, optimizer)
     if state is not None and state["config"] != config:

@@ -17,10 +17,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -30,8 +31,17 @@ from tqdm import tqdm
 from rew_config import RewardConfig
 from reward import Reward, Sample, Score
 from storygen.batching import token_budget_batches
-from storygen.checkpoint import Interrupt, checkpoints, load_model, load_state, save_model, save_state, weights_sha256
-from storygen.cli import InputError, as_json, fill, pick_device, run, write_atomically
+from storygen.checkpoint import (
+    Interrupt,
+    Stopped,
+    checkpoints,
+    load_model,
+    load_state,
+    save_model,
+    save_state,
+    weights_sha256,
+)
+from storygen.cli import InputError, as_json, claim, fill, pick_device, run, write_atomically
 from storygen.corpus import load_manifest, load_prompts
 from storygen.logprobs import Precision, check_forward, pick_dtype, response_logps
 from storygen.memory import Shape, free_memory, halve_until_it_fits, plan_rl
@@ -97,7 +107,7 @@ class Args:
     """Bound on the loss where the advantage is negative, in advantages."""
     beta: float = 0.1
     """KL coefficient of the first step; it adapts."""
-    kl_target: float = 0.05
+    kl_target: float = 0.1
     """KL to the reference that beta steers to, nats per token."""
     kl_stop: float = 0.03
     """KL(old || new), nats per token, over which a step's remaining minibatches are left out."""
@@ -349,6 +359,7 @@ def main(args: Args) -> None:
     # What makes a run another run. A resumed one may have more steps, or stand elsewhere.
     config = {k: v for k, v in as_json(args).items() if k not in ("steps", "resume", "out", "device", "data", "model")}
     config |= {"model_sha256": weights_sha256(args.model), "data": manifest["hashes"]}
+    lock = claim(args.out) if chief else None  # noqa: F841  held until the process ends
     state = load_state(states, model, optimizer) if args.resume else None
     if state is not None and state["config"] != config:
         changed = sorted(k for k in config if state["config"].get(k) != config[k])
@@ -385,6 +396,14 @@ def main(args: Args) -> None:
             state.update(rows=args.rows, micro_tokens=args.micro_tokens)
             save_state(states, step, model, optimizer, state, args.keep)
         processes.wait_for_everyone()
+
+    def leave(step: int) -> NoReturn:
+        """Exit as the signal asks, with a checkpoint of the last whole step."""
+        if step and not (states / f"step_{step:06d}").exists():
+            save(step)
+        if chief:
+            print(f"stopped at step {step}; the same command with --resume goes on from here", file=sys.stderr)
+        sys.exit(max(gather([interrupt.stop or 0])))
 
     def own_rollout(of: list[str], k: int, seed: tuple[int, ...]) -> Rollout:
         """Responses to this process's share of the prompts."""
@@ -428,10 +447,16 @@ def main(args: Args) -> None:
     with progress(args.steps, state["step"], "RL", chief) as bar:
         for step in range(state["step"] + 1, args.steps + 1):
             clock = time.perf_counter()
-            batch = own_rollout(step_prompts(prompts, step, args), args.k, (args.seed, step))
-            own = samples_of(batch)
-            sampled = time.perf_counter()
-            samples, scores = gather(own), gather(reward(own, state["length_target"]))
+            try:
+                # Nothing has been learnt yet: a request to stop need not wait. Several processes agree at the step's end.
+                with interrupt.at_once() if processes.num_processes == 1 else nullcontext():
+                    batch = own_rollout(step_prompts(prompts, step, args), args.k, (args.seed, step))
+                    own = samples_of(batch)
+                    sampled = time.perf_counter()
+                    own_scores = reward(own, state["length_target"])
+            except Stopped:
+                leave(step - 1)
+            samples, scores = gather(own), gather(own_scores)
             rewards = torch.tensor([s.reward for s in scores]).view(args.prompts, args.k)
             by_part = torch.tensor([part_rewards(s, args.reward) for s in scores]).T.view(-1, args.prompts, args.k)
             advantage = advantages(rewards, args.advantage, by_part, weights)
@@ -496,9 +521,7 @@ def main(args: Args) -> None:
                     else 1
                 )
             if asked and step < args.steps:
-                if chief:
-                    print(f"stopped at step {step}; the same command with --resume goes on from here", file=sys.stderr)
-                sys.exit(asked)
+                leave(step)
 
     if not chief:
         return

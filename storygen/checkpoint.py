@@ -7,6 +7,8 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -185,6 +187,10 @@ def _moments(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[s
     }
 
 
+class Stopped(Exception):
+    """Somebody asked to stop, where nothing is lost by it."""
+
+
 class Interrupt:
     """Turns the first Ctrl-C or SIGTERM into a request to stop at the next safe point; a second Ctrl-C leaves at once.
 
@@ -193,6 +199,7 @@ class Interrupt:
 
     def __init__(self):
         self.stop: int | None = None
+        self._raises = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask)
 
@@ -200,4 +207,17 @@ class Interrupt:
         if self.stop is not None and number == signal.SIGINT:
             os._exit(130)  # writes stand aside until renamed, so nothing is torn
         self.stop = 128 + number
-        print("\nstopping after this step; Ctrl-C again leaves at once", file=sys.stderr)
+        if self._raises:
+            raise Stopped
+        print("\nstopping as soon as this step is done; Ctrl-C again leaves at once", file=sys.stderr)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Of work that changes nothing and can be done again: a request to stop raises `Stopped` in the midst of it."""
+        self._raises = True
+        try:
+            if self.stop is not None:
+                raise Stopped
+            yield
+        finally:
+            self._raises = False

@@ -1,5 +1,6 @@
 """The command line of every script: a dataclass read by tyro, bad input as one line and exit code 2."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -7,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 class InputError(Exception):
@@ -58,6 +59,26 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+
+
+def claim(out: Path) -> IO[str]:
+    """Keep every other process from writing to an output folder, as long as the file that is returned stays open.
+
+    The lock stands beside the folder, which may be replaced as a whole, and the kernel opens it when this process ends in
+    whatever way. Raises `InputError` with the holder's process id.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    file = open(out.with_name(f".{out.name}.lock"), "a+", encoding="ascii")  # noqa: SIM115  open as long as the run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip()
+        raise InputError(f"{out} is being written by process {holder}: wait for it, or give another --out") from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
 
 
 def fill(args: Any, recipe: Any) -> None:

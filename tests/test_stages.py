@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rl_train
 from pattern_learning import Args, Row, batches, behind_examples, drill, load_examples, loss_sum
 from storygen.checkpoint import save_model
+from storygen.cli import claim
 from storygen.pattern import Pattern
 from tests.conftest import ROOT, tiny_gpt2
 
@@ -238,6 +239,27 @@ def test_bad_input_is_told_once_by_all_processes(zeroshot, home):
     done = launch("-m", "torch.distributed.run", "--nproc-per-node", 2, ROOT / "rl_train.py", "--data", home / "data",
                   "--model", zeroshot, "--out", home / "bad", *RL, "--eval-prompts", 1)  # fmt: skip
     assert done.stderr.count("error: 2 processes") == 1 and not (home / "bad").exists()
+
+
+@pytest.mark.parametrize("name", ["data_prep.py", "pattern_learning.py", "rl_train.py"])
+def test_a_second_process_on_the_same_folder_is_refused(script, zeroshot, home, name):
+    out = home / f"claimed_by_{name}"
+    arguments = {
+        "data_prep.py": ["--source", home / "toy.jsonl", "--outlines", home / "toy.jsonl"],
+        "pattern_learning.py": ["--mode", "zeroshot", "--data", home / "data", "--model", zeroshot, *LEARN],
+        "rl_train.py": ["--data", home / "data", "--model", zeroshot, *RL],
+    }
+    hold = (
+        f"import pathlib, sys; sys.path.insert(0, {str(ROOT)!r}); from storygen.cli import claim; "
+        f"lock = claim(pathlib.Path({str(out)!r})); print(1, flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    done = script(name, *arguments[name], "--out", out)
+    assert done.returncode == 2 and f"{out} is being written by process {holder.pid}" in done.stderr and not out.exists()
+    holder.kill()
+    holder.wait()
+    claim(out).close()  # the kernel has let go
 
 
 def test_interrupted_fine_tuning_goes_on_to_the_same_bytes(home, zeroshot):
