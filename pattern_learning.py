@@ -2,6 +2,7 @@
 
     python pattern_learning.py --mode oneshot
     python pattern_learning.py --mode zeroshot
+    torchrun --nproc-per-node 2 pattern_learning.py --mode zeroshot    # the same steps, shared by two processes or GPUs
 
 The loss is taken on what the model has to write itself: outline, `<story>`, story and `<eos>` of the real row, never on the
 example or the prompt. The weights with the lowest loss on validation rows, measured as in training, are kept. A run that was
@@ -10,6 +11,7 @@ stopped goes on when the same command is given again.
 
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -28,6 +30,7 @@ from storygen.cli import InputError, as_json, claim, fill, pick_device, run, wri
 from storygen.corpus import load_manifest, load_sft
 from storygen.logprobs import Precision, pick_dtype, response_logps
 from storygen.pattern import Pattern, add_pattern_tokens, context_length
+from storygen.processes import add, add_gradients, deal, gather, process_group, share
 from storygen.sampler import sample
 from storygen.tracking import Log, progress, show_sample
 
@@ -181,9 +184,10 @@ def loss_sum(
 def mean_loss(model, rows: list[Row], pattern: Pattern, args: Args, dtype: torch.dtype, tag_weight: float = 1.0) -> float:
     """Nats per response token over all rows, tags counting `tag_weight` times."""
     total, weight = 0.0, 0.0
-    for batch in token_budget_batches([len(row.ids) for row in rows], args.micro_tokens):
+    for batch in deal(token_budget_batches([len(row.ids) for row in rows], args.micro_tokens)):
         loss, n = loss_sum(model, [rows[i] for i in batch], pattern, dtype, tag_weight)
         total, weight = total + loss.item(), weight + n
+    total, weight = add(total, weight)
     return total / weight
 
 
@@ -195,6 +199,12 @@ def learning_rate(step: int, args: Args) -> float:
 
 
 def main(args: Args) -> None:
+    device = pick_device(args.device)
+    processes = process_group(device)
+    chief = processes.is_main_process  # the one that prints and writes
+    if not chief:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open as long as the run
+    device = str(processes.device) if processes.num_processes > 1 else device
     manifest = load_manifest(args.data)
     preset = manifest["preset"]
     print(f"preset {preset}, as {args.data}/manifest.json says")
@@ -207,7 +217,6 @@ def main(args: Args) -> None:
         raise InputError(f"--drill-share must be 0 or more, not {args.drill_share:g}")
     if args.steps < 1 or args.batch_tokens < 1 or args.micro_tokens < 1 or args.eval_every < 1:
         raise InputError("--steps, --batch-tokens, --micro-tokens and --eval-every must be at least 1")
-    device = pick_device(args.device)
     dtype = pick_dtype(args.precision, device)
     config = as_json(args)
     print(json.dumps(config))
@@ -249,14 +258,14 @@ def main(args: Args) -> None:
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=args.adam_eps, weight_decay=args.weight_decay, fused=True
     )
     states, best_folder = args.out / "checkpoints", args.out / "best"
-    lock = claim(args.out)  # noqa: F841  held until the process ends
-    args.out.mkdir(parents=True, exist_ok=True)
+    lock = claim(args.out) if chief else None  # noqa: F841  held until the process ends
     state = load_state(states, model, optimizer)
     if state is not None and state["config"] != config:
         raise InputError(f"{args.out} holds an unfinished run with other settings: give another --out, or delete it")
     state = state or {"step": 0, "best_loss": math.inf, "log_size": 0}
-    write_atomically(args.out / "run.json", json.dumps(config, indent=1))
-    log = Log(args.out / "metrics.jsonl", state["log_size"])
+    if chief:
+        write_atomically(args.out / "run.json", json.dumps(config, indent=1))
+        log = Log(args.out / "metrics.jsonl", state["log_size"])
     interrupt = Interrupt()
     best_loss = state["best_loss"]
 
@@ -267,11 +276,16 @@ def main(args: Args) -> None:
         # What the stage is for: text alone is best after few steps, when the tags are not yet learnt.
         objective = mean_loss(model, rows["validation"] + drills, pattern, args, dtype, args.tag_weight)
         prefixes = [row.ids[: row.start] for row in held_out]
-        drawn = sample(model, prefixes, 1, eos_id=pattern.eos_id, vocabulary=pattern.size, seed=args.seed, dtype=dtype)
-        parsed = [pattern.parse(completions[0].ids) for completions in drawn]
+        mine = share(len(prefixes))
+        drawn = sample(
+            model, [prefixes[i] for i in mine], 1, eos_id=pattern.eos_id, vocabulary=pattern.size, seed=args.seed,
+            first=mine.start, dtype=dtype,
+        )  # fmt: skip
+        parsed = gather([pattern.parse(completions[0].ids) for completions in drawn])
         if objective < best_loss:
             best_loss = objective
-            save_model(model, tokenizer, best_folder)
+            if chief:
+                save_model(model, tokenizer, best_folder)
         first = parsed[0]
         prompt = pattern.decode(prefixes[0][len(prefixes[0]) - prefixes[0][::-1].index(pattern.prompt_id) : -2])
         show_sample(f"step {step}: a held-out prompt ({first.verdict})", prompt, first.think, first.story)
@@ -284,7 +298,7 @@ def main(args: Args) -> None:
     start = state["step"]
     stream = islice(batches(rows["train"], train_texts, examples, pattern, args, context), start, None)
     last = {"val_loss": math.nan, "well_formed": math.nan}
-    with progress(args.steps, start, f"{args.mode} learning") as bar:
+    with progress(args.steps, start, f"{args.mode} learning", chief) as bar:
         for step in range(start, args.steps):
             clock = time.perf_counter()
             model.train()
@@ -294,10 +308,12 @@ def main(args: Args) -> None:
             batch = next(stream)
             weight = sum(sum(loss_weights(row, pattern, args.tag_weight)) for row in batch)
             loss = 0.0
-            for micro in token_budget_batches([len(row.ids) for row in batch], args.micro_tokens):
+            for micro in deal(token_budget_batches([len(row.ids) for row in batch], args.micro_tokens)):
                 part, _ = loss_sum(model, [batch[i] for i in micro], pattern, dtype, args.tag_weight)
                 (part / weight).backward()
                 loss += part.item()
+            add_gradients(model)
+            (loss,) = add(loss)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
             if not math.isfinite(norm):
                 raise InputError(f"gradient is not finite at step {step + 1}: lower --lr")
@@ -309,19 +325,26 @@ def main(args: Args) -> None:
             if done % args.eval_every == 0 or done == args.steps:
                 last = evaluate(done)
                 row |= last
-            log.write(row)
+            if chief:
+                log.write(row)
             bar.update()
             bar.set_postfix(
                 loss=f"{row['loss']:.3f}", val=f"{last['val_loss']:.3f}", well_formed=f"{last['well_formed']:.2f}",
                 tok_s=f"{row['tokens_per_second']:.0f}",
             )  # fmt: skip
-            if (done % args.save_every == 0 or interrupt.stop) and done < args.steps:
-                state = {"best_loss": best_loss, "log_size": log.size(), "config": config}
-                save_state(states, done, model, optimizer, state)
-            if interrupt.stop and done < args.steps:
-                print(f"stopped at step {done}; the same command goes on from here", file=sys.stderr)
-                sys.exit(interrupt.stop)
+            asked = max(gather([interrupt.stop or 0]))
+            if (done % args.save_every == 0 or asked) and done < args.steps:
+                if chief:
+                    state = {"best_loss": best_loss, "log_size": log.size(), "config": config}
+                    save_state(states, done, model, optimizer, state)
+                processes.wait_for_everyone()
+            if asked and done < args.steps:
+                if chief:
+                    print(f"stopped at step {done}; the same command goes on from here", file=sys.stderr)
+                sys.exit(asked)
 
+    if not chief:
+        return
     for file in best_folder.iterdir():
         file.replace(args.out / file.name)
     best_folder.rmdir()

@@ -150,17 +150,22 @@ def test_drills_teach_tags_and_nothing_else():
         assert weight == 10 and torch.allclose(loss, -5 * sum(logps[t - 1, row.ids[t]] for t in tags), atol=1e-3)
 
 
-def test_fine_tuning_takes_the_same_steps_whatever_the_micro_batches(script, home):
+def test_fine_tuning_takes_the_same_steps_whatever_the_micro_batches_and_processes(script, home):
     losses = []
-    for micro in ("60", "4000"):
-        done = script(
-            "pattern_learning.py", "--mode", "oneshot", "--data", home / "data", "--model", home / "base",
-            "--out", home / f"micro_{micro}", *LEARN, "--steps", "3", "--eval-every", "3", "--micro-tokens", micro,
-        )  # fmt: skip
+    for micro, processes in (("60", 1), ("4000", 1), ("60", 2)):
+        out = home / f"micro_{micro}_{processes}"
+        arguments = ["--mode", "oneshot", "--data", home / "data", "--model", home / "base", "--out", out, *LEARN,
+                     "--steps", "3", "--eval-every", "3", "--micro-tokens", micro]  # fmt: skip
+        if processes == 1:
+            done = script("pattern_learning.py", *arguments)
+        else:
+            torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", processes]
+            done = launch(*torchrun, ROOT / "pattern_learning.py", *arguments)
         assert done.returncode == 0, done.stderr
-        rows = without_times(home / f"micro_{micro}" / "metrics.jsonl")
+        rows = without_times(out / "metrics.jsonl")
         losses.append([value for row in rows for key, value in row.items() if "loss" in key or key == "grad_norm"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        assert rows[-1]["well_formed"] >= 0 and (out / "model.safetensors").exists()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] == pytest.approx(losses[2], rel=1e-4)
 
 
 @pytest.mark.parametrize("share, expected", [(0.0, (0, 0)), (0.5, (5, 35)), (1.0, (40, 40)), (2.0, (80, 80))])
