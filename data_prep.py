@@ -25,7 +25,7 @@ from tqdm import tqdm
 from storygen.bertscore import fingerprint, load_encoder
 from storygen.calibration import calibrate
 from storygen.cleaning import Bounds
-from storygen.cli import InputError, as_json, claim, file_sha256, fill, pick_device, run, write_atomically
+from storygen.cli import InputError, as_json, claim, file_sha256, fill, pick_device, put_in_place, run, write_atomically
 from storygen.corpus import Columns, read_hub, read_rows
 from storygen.duplicates import text_key
 from storygen.idf import build_idf
@@ -247,16 +247,6 @@ def ask_teacher(args: Args, store: RowStore) -> dict:
     from_cache = counts.pop("from_cache", 0)
     dropped = {reason: {"unknown": count} for reason, count in counts.items()}
     return {"read": len(chosen), "kept": dict(kept), "dropped": dropped, "from_cache": from_cache}
-
-
-def put_in_place(aside: Path, out: Path) -> None:
-    """Two renames: whoever looks finds the old folder, or the new one, or for an instant none, never half of one."""
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    aside.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def report(manifest: dict, out: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import NewGELUActivation
 
-from storygen.cli import InputError, file_sha256
+from storygen.cli import InputError, file_sha256, put_in_place
 from storygen.pattern import context_length
 
 # On a processor that multiplies bf16, plain products are a third faster than its fused attention, forward and backward. They keep
@@ -72,41 +72,18 @@ def weights_sha256(folder: str | Path) -> str:
     return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
 
 
-class _whole_folder:
+@contextmanager
+def _whole_folder(target: Path) -> Iterator[Path]:
     """A temporary sibling folder that takes the target's place when the block ends well, and leaves no trace otherwise."""
-
-    def __init__(self, target: Path):
-        self.target = target
-        self.aside = target.with_name(target.name + ".writing")
-        self.old = target.with_name(target.name + ".old")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.aside, ignore_errors=True)
-        self.aside.mkdir(parents=True)
-        return self.aside
-
-    def __exit__(self, kind, *_) -> None:
-        if kind is not None:
-            shutil.rmtree(self.aside, ignore_errors=True)
-            return
-        for file in self.aside.rglob("*"):
-            if file.is_file():
-                _flush(file)
-        _flush(self.aside)
-        if self.target.exists():
-            shutil.rmtree(self.old, ignore_errors=True)
-            os.rename(self.target, self.old)
-        os.rename(self.aside, self.target)
-        _flush(self.target.parent)
-        shutil.rmtree(self.old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    aside = target.with_name(target.name + ".writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield aside
+        put_in_place(aside, target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 def save_state(

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
@@ -59,6 +60,36 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+
+
+def put_in_place(aside: Path, target: Path) -> None:
+    """A finished folder takes another's place: whoever looks finds the old one, the new one, or for an instant none.
+
+    Its files are on disk before. Where it cannot be put there, the old one stays.
+    """
+    for path in (*aside.rglob("*"), aside):
+        flush(path)
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    try:
+        os.rename(aside, target)
+    except BaseException:
+        if old.exists():
+            os.rename(old, target)
+        raise
+    flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def claim(out: Path) -> IO[str]:

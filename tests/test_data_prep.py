@@ -196,4 +196,4 @@ def test_interrupted_it_leaves_the_earlier_data_set(tmp_path, made):
     running.communicate(timeout=120)
     assert running.returncode != 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.lock"}
