@@ -41,7 +41,8 @@ def load_model(
         raise InputError(f"{folder} does not exist: run the stage that makes it, or give another --model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch.float32)
+        # Weights as safetensors only: a stranger's pickle can run code.
+        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch.float32, use_safetensors=True)
     except Exception as error:  # noqa: BLE001  transformers, safetensors, tokenizers and the hub client each raise their own
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise InputError(f"cannot load a model from {source} ({reason}): give --model a folder on this machine") from None

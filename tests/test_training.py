@@ -148,3 +148,12 @@ def test_short_models_attend_by_plain_products_in_bf16_to_the_same_log_probabili
     torch.testing.assert_close(response_logps(loaded, ROWS, STARTS, tokenizer.pad_token_id), plain, atol=1e-4, rtol=1e-4)
     rough = response_logps(loaded, ROWS, STARTS, tokenizer.pad_token_id, dtype=torch.bfloat16)
     assert 0 < (rough - plain).abs().mean() < 0.1
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    model, tokenizer = tiny_gpt2()
+    save_model(model, tokenizer, tmp_path / "model")
+    torch.save(model.state_dict(), tmp_path / "model/pytorch_model.bin")
+    (tmp_path / "model/model.safetensors").unlink()
+    with pytest.raises(InputError, match="safetensors"):
+        load_model(tmp_path / "model")
