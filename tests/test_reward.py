@@ -3,11 +3,13 @@ import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import rew_config
 from rew_config import GUARDS, PARTS, Correlation, Guard, Guards, Length, OwnPart, Power, Prose, Repetition, RewardConfig
 from reward import Reward, Sample
+from rl_train import part_rewards
 from storygen.bertscore import recall, token_weights
 from storygen.calibration import CAP, Calibration
 from storygen.cli import InputError
@@ -329,3 +331,13 @@ def test_without_an_outline_the_outline_does_not_matter(reward):
     other, shuffled = ROWS[1]["story"], " ".join(sorted(row["story"].split()))
     worse = alone([Sample(row["prompt"], row["think"], story, True) for story in (other, shuffled)], 200)
     assert max(s.reward for s in worse) < scores[0].reward
+
+
+@pytest.mark.parametrize("change, verdict", [({}, "ok"), ({"room": 16.0}, "ok"), ({"copied": 0.9}, "ok"), ({}, "no_eos")])
+def test_what_a_sample_earns_by_its_parts_adds_up_to_its_reward(reward, raw, change, verdict):
+    """By the parts' weights: guards, overlong penalty and malformed score fall on every part alike."""
+    score = reward.combine(raw | change if verdict == "ok" else {}, verdict, 300)
+    earned = part_rewards(score, reward.config)
+    assert np.dot(earned, list(reward.config.weights().values())) == pytest.approx(score.reward, abs=1e-9)
+    if verdict != "ok":
+        assert set(earned) == {reward.config.malformed_score}
