@@ -11,7 +11,6 @@ stopped goes on when the same command is given again.
 
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -30,7 +29,7 @@ from storygen.cli import InputError, as_json, claim, fill, pick_device, run, wri
 from storygen.corpus import load_manifest, load_sft
 from storygen.logprobs import Precision, pick_dtype, response_logps
 from storygen.pattern import Pattern, add_pattern_tokens, context_length
-from storygen.processes import add, add_gradients, deal, gather, process_group, share
+from storygen.processes import add, add_gradients, deal, gather, join, share
 from storygen.sampler import sample
 from storygen.tracking import Log, progress, show_sample
 
@@ -199,12 +198,8 @@ def learning_rate(step: int, args: Args) -> float:
 
 
 def main(args: Args) -> None:
-    device = pick_device(args.device)
-    processes = process_group(device)
+    processes, device = join(pick_device(args.device))
     chief = processes.is_main_process  # the one that prints and writes
-    if not chief:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open as long as the run
-    device = str(processes.device) if processes.num_processes > 1 else device
     manifest = load_manifest(args.data)
     preset = manifest["preset"]
     print(f"preset {preset}, as {args.data}/manifest.json says")

@@ -12,7 +12,6 @@ weights, optimizer, step, length target, beta and running means has to be carrie
 
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -47,7 +46,7 @@ from storygen.logprobs import Precision, check_forward, pick_dtype, response_log
 from storygen.memory import Shape, free_memory, halve_until_it_fits, plan_rl
 from storygen.pattern import Pattern, context_length
 from storygen.ppo import Advantage, adapt_beta, advantages, next_length_target, policy_loss
-from storygen.processes import add, add_gradients, gather, process_group, share
+from storygen.processes import add, add_gradients, gather, join, share
 from storygen.report import write_report
 from storygen.rollout import Rollout, rollout, rollout_logps
 from storygen.textstats import words
@@ -296,12 +295,8 @@ def part_rewards(score: Score, config: RewardConfig) -> list[float]:
 
 
 def main(args: Args) -> None:
-    device = pick_device(args.device)
-    processes = process_group(device)
+    processes, device = join(pick_device(args.device))
     chief = processes.is_main_process  # the one that prints and writes
-    if not chief:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open as long as the run
-    device = str(processes.device) if processes.num_processes > 1 else device
     manifest = load_manifest(args.data)
     preset = manifest["preset"]
     print(f"preset {preset}, as {args.data}/manifest.json says")

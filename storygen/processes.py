@@ -1,14 +1,20 @@
 """Several processes as one, over accelerate: `torchrun` or `accelerate launch` starts them, a plain start is a group of one."""
 
+import os
+import sys
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 
 
-def process_group(device: str) -> PartialState:
-    """This process's place among all, and its own device. accelerate takes torchrun's processes for one where there is no GPU
-    and `cpu` is not said."""
-    return PartialState(cpu=device == "cpu")
+def join(device: str) -> tuple[PartialState, str]:
+    """This process's place among all, and the device it is to use. All but the first, the chief, print nothing from here on."""
+    # accelerate takes torchrun's processes for one where there is no GPU and `cpu` is not said.
+    state = PartialState(cpu=device == "cpu")
+    if not state.is_main_process:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open as long as the process
+    return state, str(state.device) if state.num_processes > 1 else device
 
 
 def share(count: int) -> range:

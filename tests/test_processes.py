@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rl_train import Args, learn
-from storygen.processes import add, gather, process_group, share
+from storygen.processes import add, gather, join, share
 from storygen.rollout import rollout
 from tests.conftest import ROOT, tiny_gpt2
 
@@ -50,7 +50,7 @@ def test_samples_gradient_and_metrics_are_those_of_one_process(tmp_path, process
 
 
 def main(folder: str) -> None:
-    state = process_group("cpu")
+    state, _ = join("cpu")
     weights, stats, rows = learnt()
     facts = {"weights": weights, "stats": stats, "rows": rows, "sum": add(state.process_index, 1)}
     torch.save(facts, f"{folder}/{state.process_index}.pt")
