@@ -274,10 +274,15 @@ def step_prompts(prompts: list[str], step: int, args: Args) -> list[str]:
     return [prompts[orders[i // len(prompts)][i % len(prompts)]] for i in places]
 
 
+def through_guards(score: Score, config: RewardConfig) -> float:
+    """The share of what a sample's parts earn that its guards leave it."""
+    return math.prod(value for name, value in score.guards.items() if getattr(config.guards, name).on)
+
+
 def quality(score: Score, config: RewardConfig) -> float:
     """What a sample earns apart from its length: the other weighted parts, through the guards that are on."""
     others = sum(weight * score.parts[name] for name, weight in config.weights().items() if name != "length")
-    return others * math.prod(value for name, value in score.guards.items() if getattr(config.guards, name).on)
+    return others * through_guards(score, config)
 
 
 def part_rewards(score: Score, config: RewardConfig) -> list[float]:
@@ -288,7 +293,7 @@ def part_rewards(score: Score, config: RewardConfig) -> list[float]:
     weights = config.weights()
     if score.verdict != "ok":
         return [score.reward] * len(weights)
-    kept = math.prod(value for name, value in score.guards.items() if getattr(config.guards, name).on)
+    kept = through_guards(score, config)
     earned = {name: kept * score.parts[name] for name in weights}
     overlong = sum(weights[name] * value for name, value in earned.items()) - score.reward
     return [value - overlong for value in earned.values()]
@@ -486,11 +491,11 @@ def main(args: Args) -> None:
                 row |= held
                 state["eval_reward"] = held["eval/reward"]
             state.setdefault("entropy_start", row["objective/entropy"])
-            rings = alarms(row, args.kl_target, state["entropy_start"])
-            if rings:
+            if rings := alarms(row, args.kl_target, state["entropy_start"]):
                 row["alarms"] = rings
+                if chief:
+                    tqdm.write("\n".join(f"warning: step {step}: {text}" for text in rings), file=sys.stderr)
             if chief:
-                tqdm.write("".join(f"warning: step {step}: {text}\n" for text in rings), file=sys.stderr, end="")
                 metrics.write(row)
                 samples_log.write(*sample_rows(step, "train", samples, scores, advantage.flatten().tolist()))
             if step % args.show_every == 0:

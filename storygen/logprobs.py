@@ -10,6 +10,7 @@ from storygen.batching import pad_right
 from storygen.cli import InputError
 
 Precision = Literal["auto", "fp32", "bf16"]
+LOGITS_CHUNK = 1024  # positions whose logits exist at once
 
 
 def pick_dtype(precision: Precision, device: str | torch.device) -> torch.dtype:
@@ -66,7 +67,7 @@ def response_logps(
     dtype: torch.dtype = torch.float32,
     temperature: float = 1.0,
     vocabulary: int | None = None,
-    chunk: int = 1024,
+    chunk: int = LOGITS_CHUNK,
 ) -> torch.Tensor:
     """Log-probability of every response token, (tokens,), in nats, under the law that `sample` draws from.
 

@@ -15,10 +15,10 @@ import torch
 from tqdm import tqdm
 
 from storygen.cli import InputError
+from storygen.logprobs import LOGITS_CHUNK
 
 Result = TypeVar("Result")
 MARGIN = 0.9  # share of what is free that may be planned for: allocators keep a little more than is asked for
-LOGITS_CHUNK = 1024  # positions whose logits exist at once, see logprobs.response_logps
 REWARD = int(0.4e9)  # encoder, its batch of texts, chance panels
 
 
