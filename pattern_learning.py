@@ -15,7 +15,9 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Literal
@@ -28,6 +30,7 @@ from storygen.checkpoint import Interrupt, load_model, load_state, save_model, s
 from storygen.cli import InputError, as_json, claim, fill, pick_device, run, write_atomically
 from storygen.corpus import load_manifest, load_sft
 from storygen.logprobs import Precision, pick_dtype, response_logps
+from storygen.memory import Shape, free_memory, halve_until_it_fits, plan
 from storygen.pattern import Pattern, add_pattern_tokens, context_length
 from storygen.processes import add, add_gradients, deal, gather, join, share
 from storygen.sampler import sample
@@ -59,7 +62,8 @@ class Args:
     batch_tokens: int | None = None
     """Tokens a step, padding included. Default by preset."""
     micro_tokens: int | None = None
-    """Tokens of one forward and backward pass, padding included: the memory knob, without effect on the result. By preset."""
+    """Tokens of one forward and backward pass, padding included, at most. Fewer where memory lacks; the result is the same but
+    for rounding. Default by preset."""
     dropout: float = 0.0
     """Dropout while training, 0 to 1. Sampling and RL run without."""
     drill_share: float = 1.0
@@ -78,6 +82,8 @@ class Args:
     """Steps between validations (losses, and a sample of every held-out prompt asked for). Default by preset."""
     eval_prompts: int = 64
     """Validation prompts to sample for the share of well-formed completions."""
+    rows: int = 64
+    """Samples drawn at once, at most. Fewer where memory lacks."""
     save_every: int = 100
     """Steps between checkpoints to resume from."""
     seed: int = 0
@@ -179,14 +185,33 @@ def loss_sum(
     return -(weights * logps).sum(), weights.sum().item()
 
 
+def over_micro_batches(
+    rows: list[Row], args: Args, work: Callable[[list[Row]], tuple[float, float]], begin: Callable[[], None] = lambda: None
+) -> list[float]:
+    """Both sums, over all processes, of what `work` returns for each micro-batch of `rows`, which the processes share.
+
+    `begin` is called first. Where memory runs out the micro-batches are halved, for good, and all begins again.
+    """
+    mine = deal(sorted(rows, key=lambda row: -len(row.ids)))  # of rows of like length each process gets some
+    lengths = [len(row.ids) for row in mine]
+
+    def sums(micro_tokens: int) -> tuple[float, float]:
+        begin()
+        done = [work([mine[i] for i in micro]) for micro in token_budget_batches(lengths, micro_tokens)]
+        return sum(a for a, _ in done), sum(b for _, b in done)
+
+    return add(*halve_until_it_fits(args, "micro_tokens", max(lengths, default=0), sums))
+
+
 @torch.no_grad()
 def mean_loss(model, rows: list[Row], pattern: Pattern, args: Args, dtype: torch.dtype, tag_weight: float = 1.0) -> float:
     """Nats per response token over all rows, tags counting `tag_weight` times."""
-    total, weight = 0.0, 0.0
-    for batch in deal(token_budget_batches([len(row.ids) for row in rows], args.micro_tokens)):
-        loss, n = loss_sum(model, [rows[i] for i in batch], pattern, dtype, tag_weight)
-        total, weight = total + loss.item(), weight + n
-    total, weight = add(total, weight)
+
+    def losses(micro: list[Row]) -> tuple[float, float]:
+        loss, weight = loss_sum(model, micro, pattern, dtype, tag_weight)
+        return loss.item(), weight
+
+    total, weight = over_micro_batches(rows, args, losses)
     return total / weight
 
 
@@ -210,12 +235,13 @@ def main(args: Args) -> None:
     args.model = args.model or "artifacts/oneshot"
     if args.drill_share < 0:
         raise InputError(f"--drill-share must be 0 or more, not {args.drill_share:g}")
-    if args.steps < 1 or args.batch_tokens < 1 or args.micro_tokens < 1 or args.eval_every < 1:
-        raise InputError("--steps, --batch-tokens, --micro-tokens and --eval-every must be at least 1")
+    if args.steps < 1 or args.batch_tokens < 1 or args.micro_tokens < 1 or args.eval_every < 1 or args.rows < 1:
+        raise InputError("--steps, --batch-tokens, --micro-tokens, --rows and --eval-every must be at least 1")
     dtype = pick_dtype(args.precision, device)
     config = as_json(args)
     print(json.dumps(config))
 
+    free = free_memory(device)  # before the model takes its part of it
     model, tokenizer = load_model(args.model, device, args.revision, dtype)
     add_pattern_tokens(model, tokenizer)
     for module in model.modules():
@@ -257,7 +283,16 @@ def main(args: Args) -> None:
     state = load_state(states, model, optimizer)
     if state is not None and state["config"] != config:
         raise InputError(f"{args.out} holds an unfinished run with other settings: give another --out, or delete it")
-    state = state or {"step": 0, "best_loss": math.inf, "log_size": 0}
+    if state is None:
+        needs = plan(
+            Shape.of(model), rl=False, rows=min(args.rows, len(held_out)), micro_tokens=args.micro_tokens, dtype=dtype,
+            on_cpu=device == "cpu", attention=model.config._attn_implementation, available=free,
+        )  # fmt: skip
+        print(needs)
+        # A resumed run goes on with them, whatever is free then: rounding depends on them.
+        sizes = {"rows": min(gather([needs.rows])), "micro_tokens": min(gather([needs.micro_tokens]))}
+        state = {"step": 0, "best_loss": math.inf, "log_size": 0, **sizes}
+    args.rows, args.micro_tokens = state["rows"], state["micro_tokens"]
     if chief:
         write_atomically(args.out / "run.json", json.dumps(config, indent=1))
         log = Log(args.out / "metrics.jsonl", state["log_size"])
@@ -272,10 +307,11 @@ def main(args: Args) -> None:
         objective = mean_loss(model, rows["validation"] + drills, pattern, args, dtype, args.tag_weight)
         prefixes = [row.ids[: row.start] for row in held_out]
         mine = share(len(prefixes))
-        drawn = sample(
-            model, [prefixes[i] for i in mine], 1, eos_id=pattern.eos_id, vocabulary=pattern.size, seed=args.seed,
+        draw = partial(
+            sample, model, [prefixes[i] for i in mine], 1, eos_id=pattern.eos_id, vocabulary=pattern.size, seed=args.seed,
             first=mine.start, dtype=dtype,
         )  # fmt: skip
+        drawn = halve_until_it_fits(args, "rows", 1, lambda rows: draw(max_rows=rows))
         parsed = gather([pattern.parse(completions[0].ids) for completions in drawn])
         if objective < best_loss:
             best_loss = objective
@@ -302,18 +338,19 @@ def main(args: Args) -> None:
                 group["lr"] = learning_rate(step, args)
             batch = next(stream)
             weight = sum(sum(loss_weights(row, pattern, args.tag_weight)) for row in batch)
-            loss = 0.0
-            for micro in deal(token_budget_batches([len(row.ids) for row in batch], args.micro_tokens)):
-                part, _ = loss_sum(model, [batch[i] for i in micro], pattern, dtype, args.tag_weight)
-                (part / weight).backward()
-                loss += part.item()
+
+            def learn(micro: list[Row], weight: float = weight) -> tuple[float, float]:
+                loss, part = loss_sum(model, micro, pattern, dtype, args.tag_weight)
+                (loss / weight).backward()
+                return loss.item(), part
+
+            loss, _ = over_micro_batches(batch, args, learn, optimizer.zero_grad)
             add_gradients(model)
-            (loss,) = add(loss)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
             if not math.isfinite(norm):
                 raise InputError(f"gradient is not finite at step {step + 1}: lower --lr")
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad()  # sampling needs the room
             done = step + 1
             row = {"step": done, "loss": loss / weight, "grad_norm": norm, "lr": learning_rate(step, args),
                    "tokens_per_second": sum(len(r.ids) for r in batch) / (time.perf_counter() - clock)}  # fmt: skip
@@ -330,7 +367,8 @@ def main(args: Args) -> None:
             asked = max(gather([interrupt.stop or 0]))
             if (done % args.save_every == 0 or asked) and done < args.steps:
                 if chief:
-                    state = {"best_loss": best_loss, "log_size": log.size(), "config": config}
+                    state = {"best_loss": best_loss, "log_size": log.size(), "config": config,
+                             "rows": args.rows, "micro_tokens": args.micro_tokens}  # fmt: skip
                     save_state(states, done, model, optimizer, state)
                 processes.wait_for_everyone()
             if asked and done < args.steps:

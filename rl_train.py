@@ -43,7 +43,7 @@ from storygen.checkpoint import (
 from storygen.cli import InputError, as_json, claim, fill, pick_device, run, write_atomically
 from storygen.corpus import load_manifest, load_prompts
 from storygen.logprobs import Precision, check_forward, pick_dtype, response_logps
-from storygen.memory import Shape, free_memory, halve_until_it_fits, plan_rl
+from storygen.memory import Shape, free_memory, halve_until_it_fits, plan
 from storygen.pattern import Pattern, context_length
 from storygen.ppo import Advantage, adapt_beta, advantages, next_length_target, policy_loss
 from storygen.processes import add, add_gradients, gather, join, share
@@ -365,15 +365,16 @@ def main(args: Args) -> None:
         changed = sorted(k for k in config if state["config"].get(k) != config[k])
         raise InputError(f"{args.out} holds a run with other settings ({', '.join(changed)}): give another --out")
     if state is None:
-        plan = plan_rl(
-            Shape.of(model), rows=min(args.rows, max(args.prompts * args.k, args.eval_prompts)), micro_tokens=args.micro_tokens,
-            dtype=dtype, on_cpu=device == "cpu", attention=model.config._attn_implementation, available=free,
+        needs = plan(
+            Shape.of(model), rl=True, rows=min(args.rows, max(args.prompts * args.k, args.eval_prompts)),
+            micro_tokens=args.micro_tokens, dtype=dtype, on_cpu=device == "cpu",
+            attention=model.config._attn_implementation, available=free,
         )  # fmt: skip
-        print(plan)
+        print(needs)
         # A resumed run goes on with them, whatever is free then: rounding depends on them.
         state = {
             "step": 0, "metrics_size": 0, "samples_size": 0,
-            "rows": min(gather([plan.rows])), "micro_tokens": min(gather([plan.micro_tokens])),
+            "rows": min(gather([needs.rows])), "micro_tokens": min(gather([needs.micro_tokens])),
         }  # fmt: skip
     args.rows, args.micro_tokens = state["rows"], state["micro_tokens"]
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}

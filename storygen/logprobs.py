@@ -31,26 +31,27 @@ def autocast(device: str | torch.device, dtype: torch.dtype) -> AbstractContextM
 class _TokenLogps(torch.autograd.Function):
     """Log-probabilities (tokens,) of `targets` under softmax(hidden @ table.T / temperature), products in `dtype`.
 
-    The backward pass makes the logits again and turns them into their gradient in place, so that of the (tokens, vocabulary)
-    matrices, far larger than anything else here, one exists at a time, and it is passed over as seldom as can be.
+    The backward pass turns the softmax into the logits' gradient in place, so that of the (tokens, vocabulary) matrices, far
+    larger than anything else here, one exists at a time, and it is passed over as seldom as can be. keep: the forward pass
+    leaves its matrix for the backward pass, which else makes the logits again.
     """
 
     @staticmethod
-    def forward(ctx, hidden, table, targets, temperature, dtype):
-        ctx.save_for_backward(hidden, table, targets)
-        ctx.temperature, ctx.dtype = temperature, dtype
+    def forward(ctx, hidden, targets, table, temperature, dtype, keep):
         logps = _logits(hidden, table, temperature, dtype).log_softmax(-1)
+        ctx.save_for_backward(hidden, targets, table, *([logps] if keep else []))
+        ctx.temperature, ctx.dtype = temperature, dtype
         return logps.gather(-1, targets[:, None])[:, 0]
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, table, targets = ctx.saved_tensors
+        hidden, targets, table, *kept = ctx.saved_tensors
+        softmax = kept[0].exp() if kept else _logits(hidden, table, ctx.temperature, ctx.dtype).softmax(-1)
+        grad = grad[:, None] / ctx.temperature
         # d logp_target / d logits = onehot(target) - softmax(logits)
-        slope = _logits(hidden, table, ctx.temperature, ctx.dtype).softmax(-1).mul_(-grad[:, None])
-        slope.scatter_add_(-1, targets[:, None], grad[:, None])
-        slope = slope.div_(ctx.temperature).to(ctx.dtype)
+        slope = softmax.mul_(-grad).scatter_add_(-1, targets[:, None], grad).to(ctx.dtype)
         to_hidden, to_table = slope @ table.to(ctx.dtype), slope.t() @ hidden.to(ctx.dtype)
-        return to_hidden.to(hidden.dtype), to_table.to(table.dtype), None, None, None
+        return to_hidden.to(hidden.dtype), None, to_table.to(table.dtype), None, None, None
 
 
 def _logits(hidden: torch.Tensor, table: torch.Tensor, temperature: float, dtype: torch.dtype) -> torch.Tensor:
@@ -72,8 +73,9 @@ def response_logps(
     """Log-probability of every response token, (tokens,), in nats, under the law that `sample` draws from.
 
     Row i's response is `rows[i][starts[i]:]`; responses stand one after the other, without padding. The projection to the
-    vocabulary runs over response positions only, `chunk` of them at a time, and again in the backward pass: no
-    (tokens, vocabulary) matrix of all logits ever exists. vocabulary: as for `sample`, rows beyond it are left out.
+    vocabulary runs over response positions only, `chunk` of them at a time, and again in the backward pass where there is more
+    than one chunk: no more of the (tokens, vocabulary) matrix ever exists. vocabulary: as for `sample`, rows beyond it are left
+    out.
     """
     device = model.device
     ids = pad_right(rows, pad_id, device)
@@ -84,8 +86,10 @@ def response_logps(
         # A mask of ones: padding stands on the right, where causal attention never looks from a real token, and a plain
         # causal mask keeps the fast attention kernel.
         outputs = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    chunks = zip(outputs.last_hidden_state[row_of, place - 1].split(chunk), ids[row_of, place].split(chunk), strict=True)
-    return torch.cat([_TokenLogps.apply(hidden, table, targets, temperature, dtype) for hidden, targets in chunks])
+    hidden, targets = outputs.last_hidden_state[row_of, place - 1], ids[row_of, place]
+    keep = torch.is_grad_enabled() and len(targets) <= chunk
+    chunks = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    return torch.cat([_TokenLogps.apply(*of, table, temperature, dtype, keep) for of in chunks])
 
 
 def check_forward(

@@ -59,7 +59,7 @@ class Plan:
         return self.held["weights and AdamW"] + self.held["reward"] + max(self.held["sampling"], self.held["update"])
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self.held.items())
+        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self.held.items() if size)
         return (
             f"memory, GB: {self.peak / 1e9:.2f} at the peak of {self.available / 1e9:.1f} free ({parts}); "
             f"{self.rows} rows sampled at once, passes of {self.micro_tokens} tokens"
@@ -77,16 +77,16 @@ def activations(shape: Shape, tokens: int, longest: int, attention: str) -> int:
     return tokens * shape.layers * (64 * shape.width + weights)
 
 
-def plan_rl(
-    shape: Shape, *, rows: int, micro_tokens: int, dtype: torch.dtype, on_cpu: bool, attention: str, available: int
+def plan(
+    shape: Shape, *, rl: bool, rows: int, micro_tokens: int, dtype: torch.dtype, on_cpu: bool, attention: str, available: int
 ) -> Plan:
-    """For RL: policy, frozen reference, AdamW, sampler and reward. `rows` and `micro_tokens`: what would be best.
+    """For training with AdamW, sampling in between, and in RL (`rl`) a frozen reference and the reward beside it.
 
-    Both are halved until they fit, micro_tokens down to a single row that fills the context. Raises `InputError` where that is
-    not enough.
+    `rows` and `micro_tokens`: what would be best. Both are halved until they fit, micro_tokens down to a single row that fills
+    the context. Raises `InputError` where that is not enough.
     """
     half = 2 if dtype == torch.bfloat16 else 4
-    fixed = (4 + 4 + 8) * shape.parameters
+    fixed = {"weights and AdamW": (4 + 8 + 4 * rl) * shape.parameters, "reward": REWARD * rl}
     cell = 2 * shape.layers * shape.width * (4 if on_cpu else half)  # keys and values of a token; a processor's are fp32
 
     def held(rows: int, micro_tokens: int) -> Plan:
@@ -95,8 +95,7 @@ def plan_rl(
         casts = half * shape.parameters if half == 2 else 0
         chunk = min(LOGITS_CHUNK, micro_tokens) * shape.vocabulary * (12 + half)
         update = 4 * shape.parameters + casts + chunk + activations(shape, micro_tokens, shape.context, attention)
-        sizes = {"weights and AdamW": fixed, "reward": REWARD, "sampling": sampling, "update": update}
-        return Plan(rows, micro_tokens, sizes, available)
+        return Plan(rows, micro_tokens, fixed | {"sampling": sampling, "update": update}, available)
 
     plan = held(rows, micro_tokens)
     while plan.peak > MARGIN * available:

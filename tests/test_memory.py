@@ -6,10 +6,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from storygen.cli import InputError
 from storygen.logprobs import response_logps
-from storygen.memory import MARGIN, Shape, activations, plan_rl
+from storygen.memory import MARGIN, Shape, activations, plan
 
 GPT2 = Shape(parameters=124_439_808, vocabulary=50_304, layers=12, width=768, heads=12, context=1024)
-LAW = {"dtype": torch.bfloat16, "on_cpu": False, "attention": "sdpa"}
+LAW = {"rl": True, "dtype": torch.bfloat16, "on_cpu": False, "attention": "sdpa"}
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -39,20 +39,22 @@ def test_activations_are_what_a_forward_pass_keeps(attention, dtype):
 
 
 def test_gpt2_fits_a_card_of_16_gb():
-    plan = plan_rl(GPT2, rows=256, micro_tokens=8192, available=int(15.5e9), **LAW)
-    assert plan.rows == 256 and plan.micro_tokens >= 4096 and plan.peak < 14e9
-    assert plan.held["weights and AdamW"] == 16 * GPT2.parameters
+    made = plan(GPT2, rows=256, micro_tokens=8192, available=int(15.5e9), **LAW)
+    assert made.rows == 256 and made.micro_tokens >= 4096 and made.peak < 14e9
+    assert made.held["weights and AdamW"] == 16 * GPT2.parameters
+    fine_tuning = plan(GPT2, rows=64, micro_tokens=8192, available=int(15.5e9), **LAW | {"rl": False})
+    assert fine_tuning.micro_tokens == 8192 and fine_tuning.held["weights and AdamW"] == 12 * GPT2.parameters
 
 
 @given(st.floats(5.2, 80), st.integers(1, 600), st.integers(1024, 65536))
 def test_plans_fit_and_take_no_more_than_was_asked_for(gigabytes, rows, micro_tokens):
     available = int(gigabytes * 1e9)
-    plan = plan_rl(GPT2, rows=rows, micro_tokens=micro_tokens, available=available, **LAW)
-    assert plan.peak <= MARGIN * available and 1 <= plan.rows <= rows and 1024 <= plan.micro_tokens <= micro_tokens
-    more = plan_rl(GPT2, rows=rows, micro_tokens=micro_tokens, available=2 * available, **LAW)
-    assert more.rows >= plan.rows and more.micro_tokens >= plan.micro_tokens
+    made = plan(GPT2, rows=rows, micro_tokens=micro_tokens, available=available, **LAW)
+    assert made.peak <= MARGIN * available and 1 <= made.rows <= rows and 1024 <= made.micro_tokens <= micro_tokens
+    more = plan(GPT2, rows=rows, micro_tokens=micro_tokens, available=2 * available, **LAW)
+    assert more.rows >= made.rows and more.micro_tokens >= made.micro_tokens
 
 
 def test_what_cannot_fit_is_refused_with_both_figures():
     with pytest.raises(InputError, match=r"needs 4\.\d GB with one row at a time, and 1\.0 GB are free"):
-        plan_rl(GPT2, rows=64, micro_tokens=8192, available=10**9, **LAW)
+        plan(GPT2, rows=64, micro_tokens=8192, available=10**9, **LAW)

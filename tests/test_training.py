@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pattern_learning import Args, Row, loss_sum, over_micro_batches
 from storygen.batching import token_budget_batches
 from storygen.checkpoint import checkpoints, load_model, load_state, save_model, save_state
 from storygen.cli import InputError
@@ -46,6 +47,28 @@ def test_padded_chunked_logps_equal_plain_forwards_and_so_do_their_gradients(tin
     theirs = torch.autograd.grad((plain * weights).sum(), list(model.parameters()))
     for a, b in zip(ours, theirs):
         assert torch.allclose(a, b, atol=1e-3, rtol=1e-3)
+
+
+def test_fine_tuning_that_runs_out_of_memory_takes_the_same_step_in_smaller_passes(tiny, capsys):
+    model, _, pattern = tiny
+    rows = [Row(ids, start) for ids, start in zip(ROWS, STARTS, strict=True)]
+    args = Args(mode="zeroshot", micro_tokens=400)
+
+    def learn(micro: list[Row], most: int = 10**6) -> tuple[float, float]:
+        loss, weight = loss_sum(model, micro, pattern, torch.float32)
+        loss.backward()
+        if len(micro) * max(len(row.ids) for row in micro) > most:  # with the gradient half made
+            raise torch.OutOfMemoryError
+        return loss.item(), weight
+
+    whole = over_micro_batches(rows, args, learn, model.zero_grad)
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    small = over_micro_batches(rows, args, lambda micro: learn(micro, most=60), model.zero_grad)
+    assert small == pytest.approx(whole, rel=1e-5) and args.micro_tokens == 50
+    assert "micro_tokens 100 -> 50, same work again" in capsys.readouterr().err
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert torch.allclose(parameter.grad, gradient, atol=1e-4)
+    model.zero_grad()
 
 
 def test_forward_check_sees_dropout(tiny):
