@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
@@ -212,20 +213,26 @@ def read(args: Args, store: RowStore) -> dict[str, dict]:
         else:
             rows = read_rows(place, columns[origin], wrong)
             sources[origin] = {"from": place}
-        outlines = 0
-        for row in tqdm(islice(rows, args.limit), desc=f"reading {origin}", unit=" rows", total=args.limit, disable=None):
-            if origin == "source":
-                # The outlines come from elsewhere: whatever plan this set may hold was not asked for.
-                row["think"] = None
-            outlines += bool(row["think"] and row["story"])
-            store.add(row, origin)
+        if origin == "source":
+            # The outlines come from elsewhere: whatever plan this set may hold was not asked for.
+            rows = (row | {"think": None} for row in rows)
+        whole: Counter = Counter()
+        rows = tqdm(islice(rows, args.limit), desc=f"reading {origin}", unit=" rows", total=args.limit, disable=None)
+        store.add(counting_whole(rows, whole), origin)
         store.tallies[origin].dropped["wrong_type"]["unknown"] += wrong["wrong_type"]
-        if origin == "outlines" and not outlines:
+        if origin == "outlines" and not whole["rows"]:
             raise InputError(
                 f"--outlines {place}: no row has both an outline and a story; name its columns with --outlines-think-column "
                 "and --outlines-story-column, or use --outlines teacher or --outlines corpus"
             )
     return sources
+
+
+def counting_whole(rows: Iterable[dict], whole: Counter) -> Iterator[dict]:
+    """The rows, those with an outline and a story counted as they pass."""
+    for row in rows:
+        whole["rows"] += bool(row["think"] and row["story"])
+        yield row
 
 
 def ask_teacher(args: Args, store: RowStore) -> dict:

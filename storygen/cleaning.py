@@ -84,6 +84,9 @@ GLUED_SINGLE = re.compile(
     r"(?:[,:;]|(?<=[a-z])[.!?](?='[A-Z][a-z])|(?<=[a-z])[a-z](?='[A-Z][a-z]*[ -][^\"\n]*[.!?,]'(?!\w)))(?='[A-Za-z])"
 )
 
+# GLUED_SINGLE matches nowhere without it, and it is found in a fiftieth of the time: it begins with a plain character.
+GLUED_SINGLE_HINT = re.compile(r"'(?:(?<=[,:;.!?]')[A-Za-z]|(?<=[a-z]')[A-Z])")
+
 EDIT_MARK = r"(?:ninja |minor |small |quick )?edit(?:ed|s)?\b"
 # A paragraph about the story rather than of it, whatever else it holds.
 NOTE = re.compile(
@@ -269,7 +272,7 @@ def _plain(text: str) -> str:
     if "``" in text or "''" in text:
         text = "\n".join(_straight_quotes(line) for line in text.split("\n"))
     text = SPACED_QUOTES.sub(r'"\1"', text)
-    if SPACED_SINGLE.search(text) or GLUED_SINGLE.search(text):
+    if (" ' " in text and SPACED_SINGLE.search(text)) or (GLUED_SINGLE_HINT.search(text) and GLUED_SINGLE.search(text)):
         text = "\n".join(_single_quotes(line) for line in text.split("\n"))
     return text
 

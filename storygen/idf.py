@@ -1,18 +1,22 @@
 """Inverse document frequencies over an encoder's tokens: streaming, whole texts, bounded memory."""
 
+import json
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from storygen.bertscore import backend, fingerprint
 from storygen.cli import InputError
 
 BATCH = 512
+MOST_PIECES = 500_000  # whose ids are remembered: 0.2 GB
 
 
 @dataclass(frozen=True)
@@ -71,20 +75,88 @@ def build_idf(tokenizer, texts: Iterable[str], progress_total: int | None = None
     from tqdm import tqdm
 
     tokens = backend(tokenizer)
-    df = np.zeros(max(tokens.get_vocab().values()) + 1, dtype=np.int64)
+    vocabulary = max(tokens.get_vocab().values()) + 1
+    mark = mark_of(tokens)
+    count = Pieces(tokens, vocabulary, mark).count if mark else partial(count_whole, tokens, vocabulary)
+    df = np.zeros(vocabulary, dtype=np.int64)
     documents = 0
     with tqdm(total=progress_total, desc="idf", unit=" texts", disable=progress_total is None) as bar:
         for batch in batches(texts):
-            seen = [
-                np.unique(np.array(coded.ids, dtype=np.int64))
-                for coded in tokens.encode_batch_fast(batch, add_special_tokens=False)
-            ]
-            df += np.bincount(np.concatenate(seen), minlength=len(df))
+            df += count(batch)
             documents += len(batch)
             bar.update(len(batch))
     weights = np.log((documents + 1) / (df + 1)).astype(np.float32)
     weights[tokenizer.all_special_ids] = 0.0
     return Idf(weights, df, documents, fingerprint(tokenizer))
+
+
+def count_whole(tokens: Tokenizer, vocabulary: int, texts: list[str]) -> np.ndarray:
+    """(vocab,): in how many of `texts` every token stands."""
+    coded = tokens.encode_batch_fast(texts, add_special_tokens=False)
+    return np.bincount(np.concatenate([np.unique(np.array(one.ids, dtype=np.int64)) for one in coded]), minlength=vocabulary)
+
+
+def mark_of(tokens: Tokenizer) -> str | None:
+    """A special token that may stand between pieces, where a text's ids are those of its pieces between blanks, one after
+    the other: with BERT's own tokenizers. None with all others."""
+    parts = json.loads(tokens.to_str())
+    normalizer, pre_tokenizer = parts["normalizer"] or {}, parts["pre_tokenizer"] or {}
+    if normalizer.get("type") != "BertNormalizer" or pre_tokenizer.get("type") != "BertPreTokenizer":
+        return None
+    return next((one["content"] for one in parts["added_tokens"] if one["special"] and not one["normalized"]), None)
+
+
+class Pieces(dict[str, int]):
+    """Counts tokens as `count_whole`, but encodes each distinct piece between blanks once: prose is made of few of them.
+
+    Maps a piece to its number; the ids of piece n are `ids[starts[n] : starts[n + 1]]`.
+    """
+
+    def __init__(self, tokens: Tokenizer, vocabulary: int, mark: str):
+        self.tokens, self.vocabulary, self.mark = tokens, vocabulary, mark
+        self.forget()
+
+    def forget(self) -> None:
+        self.clear()
+        self.fresh: list[str] = []
+        self.ids, self.starts = np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
+
+    def __missing__(self, piece: str) -> int:
+        self[piece] = number = len(self)
+        self.fresh.append(piece)
+        return number
+
+    def count(self, texts: list[str]) -> np.ndarray:
+        marked = [text for text in texts if self.mark in text]
+        if marked:
+            rest = [text for text in texts if self.mark not in text]
+            return count_whole(self.tokens, self.vocabulary, marked) + (self.count(rest) if rest else 0)
+        if len(self) > MOST_PIECES:
+            self.forget()
+        # Not `split()`: some of what Python takes for white space are control characters to BERT, which joins around them.
+        cut = [text.replace("\n", " ").split(" ") for text in texts]
+        numbers = np.fromiter(map(self.__getitem__, chain.from_iterable(cut)), dtype=np.int64)
+        self.encode_fresh()
+        first, sizes = self.starts[numbers], np.diff(self.starts)[numbers]
+        text_of = np.repeat(np.repeat(np.arange(len(texts)), list(map(len, cut))), sizes)
+        # Where its ids stand: those of a piece are neighbours.
+        place = np.arange(sizes.sum()) + np.repeat(first - np.cumsum(sizes) + sizes, sizes)
+        seen = np.zeros((len(texts), self.vocabulary), dtype=bool)
+        seen[text_of, self.ids[place]] = True
+        return seen.sum(axis=0)
+
+    def encode_fresh(self) -> None:
+        """Many pieces in one call, a mark behind each of them: a call of its own costs more than a piece's encoding."""
+        texts = [
+            "".join(f"{piece} {self.mark} " for piece in self.fresh[i : i + BATCH]) for i in range(0, len(self.fresh), BATCH)
+        ]
+        coded = self.tokens.encode_batch_fast(texts, add_special_tokens=False)
+        ids = np.array(list(chain.from_iterable(one.ids for one in coded)), dtype=np.int64)
+        marks = np.flatnonzero(ids == self.tokens.token_to_id(self.mark))
+        ends = marks - np.arange(len(marks))  # among the ids that are no marks
+        self.starts = np.concatenate([self.starts, self.starts[-1] + ends])
+        self.ids = np.concatenate([self.ids, np.delete(ids, marks)])
+        self.fresh = []
 
 
 def batches(texts: Iterable[str]) -> Iterator[list[str]]:

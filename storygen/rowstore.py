@@ -2,7 +2,9 @@
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pyarrow.parquet as pq
 from storygen.cleaning import Bounds, clean_prompt, clean_row
 from storygen.corpus import SPLITS, split_of
 from storygen.duplicates import crossing_prompts, crossing_stories, story_sketch, text_key
+from storygen.workers import in_processes
 
 
 def _schema(*names: str) -> pa.Schema:
@@ -21,7 +24,6 @@ def _schema(*names: str) -> pa.Schema:
 SCHEMA = _schema("origin", "split", "prompt", "think", "story")
 FILES = {"sft": _schema("split", "prompt", "think", "story"), "prompts": _schema("split", "prompt")}
 BATCH = 1024
-NO_STORY = np.zeros(0, dtype=np.uint32)
 
 
 class Tally:
@@ -37,6 +39,35 @@ class Tally:
         return {"read": self.kept.total() + gone, "kept": dict(self.kept), "dropped": dropped}
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What can be known of a raw row by itself. row: cleaned, None where it is dropped for `reason`."""
+
+    split: str
+    reason: str | None = None
+    row: dict | None = None
+    key: bytes = b""
+    """Equal for copies: of stories, whatever their prompts, and of prompts without one."""
+    sketch: np.ndarray | None = None
+    """Of a story."""
+
+
+def prepare(rows: list[dict], bounds: Bounds) -> list[Prepared]:
+    """Nearly all of the work on raw rows, and none of it needs the others."""
+    return [prepare_row(row, bounds) for row in rows]
+
+
+def prepare_row(row: dict, bounds: Bounds) -> Prepared:
+    clean, reason = clean_row(row, bounds)
+    if clean is None:
+        prompt = clean_prompt(row["prompt"])
+        return Prepared(split_of(prompt) if prompt else "unknown", reason)
+    split, story = split_of(clean["prompt"]), clean["story"]
+    if story is None:
+        return Prepared(split, row=clean, key=b"p" + text_key(clean["prompt"]))
+    return Prepared(split, row=clean, key=b"s" + text_key(story), sketch=story_sketch(story))
+
+
 class RowStore:
     """Add raw rows, `settle` once, then read the kept ones back as often as needed, in the order they were added."""
 
@@ -49,33 +80,31 @@ class RowStore:
         self._origins: list[str] = []
         self._splits: list[str] = []
         self._prompts: list[str] = []
-        self._sketches: list[np.ndarray] = []
+        self._sketches: list[np.ndarray | None] = []
         self._seen: set[bytes] = set()
         self._dropped: set[int] = set()
 
-    def add(self, row: dict, origin: str) -> bool:
-        """Clean a row and keep it, or count why not. A story is kept once, whatever prompt it comes with."""
-        tally = self.tallies[origin]
-        clean, reason = clean_row(row, self.bounds)
-        if clean is None:
-            prompt = clean_prompt(row["prompt"])
-            tally.dropped[reason][split_of(prompt) if prompt else "unknown"] += 1
-            return False
-        split, story = split_of(clean["prompt"]), clean["story"]
-        key = b"p" + text_key(clean["prompt"]) if story is None else b"s" + text_key(story)
-        if key in self._seen:
-            tally.dropped["duplicate"][split] += 1
-            return False
-        self._seen.add(key)
+    def add(self, rows: Iterable[dict], origin: str) -> None:
+        """Clean rows, in several processes where there are many, and keep each or count why not. A story is kept once,
+        whatever prompt it comes with."""
+        for batch in in_processes(partial(prepare, bounds=self.bounds), rows):
+            for prepared in batch:
+                self._keep(prepared, origin)
+
+    def _keep(self, prepared: Prepared, origin: str) -> None:
+        tally, split, row = self.tallies[origin], prepared.split, prepared.row
+        if row is None or prepared.key in self._seen:
+            tally.dropped[prepared.reason or "duplicate"][split] += 1
+            return
+        self._seen.add(prepared.key)
         tally.kept[split] += 1
         self._origins.append(origin)
         self._splits.append(split)
-        self._prompts.append(clean["prompt"])
-        self._sketches.append(NO_STORY if story is None else story_sketch(story))
-        self._pending.append({"origin": origin, "split": split, **clean})
+        self._prompts.append(row["prompt"])
+        self._sketches.append(prepared.sketch)
+        self._pending.append({"origin": origin, "split": split, **row})
         if len(self._pending) == BATCH:
             self._flush()
-        return True
 
     def settle(self) -> None:
         """No more rows. Those whose prompt or story nearly stands in another split too leave the side nearer to training."""
@@ -83,7 +112,7 @@ class RowStore:
         self._writer.close()
         unique = list(dict.fromkeys(self._prompts))
         crossing = {unique[i] for i in crossing_prompts(unique, [split_of(prompt) for prompt in unique])}
-        stories = [i for i, sketch in enumerate(self._sketches) if len(sketch)]
+        stories = [i for i, sketch in enumerate(self._sketches) if sketch is not None]
         if stories:
             sketches = np.stack([self._sketches[i] for i in stories])
             self._dropped = {stories[i] for i in crossing_stories(sketches, [self._splits[i] for i in stories])}

@@ -357,8 +357,7 @@ def test_the_store_counts_every_row(tmp_path):
         },
     ]
     store = RowStore(tmp_path / "rows.parquet", Bounds())
-    for row in raw:
-        store.add(row, "source")
+    store.add(raw, "source")
     store.settle()
     counts = store.tallies["source"].as_dict()
     kept = [row for _, row in store.rows()]

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from storygen.bertscore import fingerprint, minilm_folder
+from storygen import idf as idf_module
+from storygen.bertscore import backend, fingerprint, minilm_folder
 from storygen.cli import InputError
-from storygen.idf import Idf, build_idf
+from storygen.idf import Idf, Pieces, build_idf, count_whole, mark_of
 
 STORIES = [
     json.loads(line)["story"] for line in (Path(__file__).parents[1] / "corpus/stories.jsonl").read_text().splitlines()[:150]
@@ -28,6 +31,40 @@ def test_is_bert_scores_table(tokenizer):
     special = set(tokenizer.all_special_ids)
     for token in range(len(tokenizer)):
         assert idf.weights[token] == pytest.approx(0.0 if token in special else theirs[token], abs=1e-6)
+
+
+TOKENS = backend(AutoTokenizer.from_pretrained(minilm_folder()))
+VOCABULARY = TOKENS.get_vocab_size()
+# What could make a text's tokens other than those of its pieces: odd blanks, controls, marks that combine, special tokens.
+ODD = st.sampled_from(
+    [" ", "\n", "\t", "\x1c", "\x85", "\u00a0", "\u2028", "\u200b", "\u0301", "e\u0301", "[PAD]", "[SEP]", "##s"]
+)
+TEXT = st.lists(
+    ODD | st.text(max_size=8) | st.sampled_from(["don't", "Well-known,", "naïve", "漢字", "x" * 120]), max_size=12
+)
+
+
+@given(st.lists(TEXT.map("".join), min_size=1, max_size=6))
+def test_piece_by_piece_counts_what_whole_texts_count(texts):
+    pieces = Pieces(TOKENS, VOCABULARY, mark_of(TOKENS))
+    expected = count_whole(TOKENS, VOCABULARY, texts)
+    for _ in range(2):  # the second time no piece is new
+        np.testing.assert_array_equal(pieces.count(texts), expected)
+
+
+def test_pieces_that_are_too_many_are_forgotten(tokenizer, monkeypatch):
+    whole = build_idf(tokenizer, STORIES).df
+    monkeypatch.setattr(idf_module, "MOST_PIECES", 100)
+    monkeypatch.setattr(idf_module, "BATCH", 10)
+    np.testing.assert_array_equal(build_idf(tokenizer, STORIES).df, whole)
+
+
+def test_other_tokenizers_read_whole_texts():
+    """A byte-level one joins what stands on both sides of a blank."""
+    other = Tokenizer(models.WordLevel({"[UNK]": 0, "Ġcat": 1, "cat": 2}, unk_token="[UNK]"))
+    other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    idf = build_idf(PreTrainedTokenizerFast(tokenizer_object=other, unk_token="[UNK]"), ["cat cat", "cat"])
+    assert idf.df.tolist() == [0, 1, 2]
 
 
 def test_small_corpus_by_hand(tokenizer):

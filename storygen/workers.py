@@ -1,0 +1,45 @@
+"""Batches of work in processes of their own, on every core; results in order, and never more than a few batches in memory."""
+
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import TypeVar
+
+from loky import ProcessPoolExecutor
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+BATCH = 512
+# Batches done here before any process is started: short data are through before one would have been ready.
+AT_HOME = 4
+
+
+def in_processes(work: Callable[[list[Item]], Result], items: Iterable[Item], batch: int = BATCH) -> Iterator[Result]:
+    """`work` on every batch of `items`, which are taken in this process and no faster than they are worked on.
+
+    work: a function at the top of a module, and what it returns can be pickled. An error in it is raised here.
+    """
+    stream = iter(items)
+    cores = len(os.sched_getaffinity(0))
+    for _ in range(AT_HOME):
+        if not (first := list(islice(stream, batch))):
+            return
+        yield work(first)
+    if cores == 1:
+        while more := list(islice(stream, batch)):
+            yield work(more)
+        return
+    # A signal from the keyboard goes to all; it is for the parent to answer. Without a parent they end after `timeout` seconds.
+    pool = ProcessPoolExecutor(cores, timeout=60, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    try:
+        waiting = deque()
+        while more := list(islice(stream, batch)):
+            waiting.append(pool.submit(work, more))
+            if len(waiting) > 2 * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(kill_workers=True)
