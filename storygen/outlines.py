@@ -75,12 +75,21 @@ def ask(rows: list[dict], teacher: Teacher, progress: Callable[[], None] = lambd
             timeout=teacher.timeout,
         )
 
-        def answer(row: dict) -> str:
+        def answer(row: dict) -> str | None:
             messages = [{"role": "user", "content": teacher.question(row)}]
-            reply = client.chat.completions.create(
-                model=teacher.model, messages=messages, temperature=0.7, max_tokens=MAX_ANSWER_TOKENS
+            try:
+                reply = client.chat.completions.create(
+                    model=teacher.model, messages=messages, temperature=0.7, max_tokens=MAX_ANSWER_TOKENS
+                )
+                return reply.choices[0].message.content
+            except (ValueError, TypeError, AttributeError, LookupError):  # cut off, or no chat completion at all
+                return None
+
+        def silent(error: openai.APIConnectionError) -> InputError:
+            return InputError(
+                f"teacher {teacher.url} does not answer ({_first_line(error)}); "
+                f"{len(answers)} answers are kept in {teacher.cache}, run again to go on"
             )
-            return (reply.choices[0].message.content if reply.choices else None) or ""
 
         teacher.cache.parent.mkdir(parents=True, exist_ok=True)
         pool = ThreadPoolExecutor(teacher.concurrency)
@@ -91,19 +100,24 @@ def ask(rows: list[dict], teacher: Teacher, progress: Callable[[], None] = lambd
                 futures = {pool.submit(answer, row): key for key, row in missing.items()}
                 for future in as_completed(futures):
                     try:
-                        answers[futures[future]] = text = future.result()
+                        text = future.result()
                     except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
                         raise InputError(f"teacher {teacher.url}, model {teacher.model}: {_first_line(error)}") from None
+                    except openai.APITimeoutError as error:
+                        counts["request_failed"] += 1
+                        if not answers and counts["request_failed"] >= teacher.concurrency:
+                            raise silent(error) from None
                     except openai.APIConnectionError as error:
-                        raise InputError(
-                            f"teacher {teacher.url} does not answer ({_first_line(error)}); "
-                            f"{len(answers)} answers are kept in {teacher.cache}, run again to go on"
-                        ) from None
+                        raise silent(error) from None
                     except openai.OpenAIError:
                         counts["request_failed"] += 1
                     else:
-                        cache.write(json.dumps({"key": futures[future], "answer": text}) + "\n")
-                        cache.flush()
+                        if text:
+                            answers[futures[future]] = text
+                            cache.write(json.dumps({"key": futures[future], "answer": text}) + "\n")
+                            cache.flush()
+                        else:
+                            counts["no_answer"] += 1
                     progress()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

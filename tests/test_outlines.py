@@ -1,8 +1,14 @@
 """The teacher client against a server on this machine: answers, retries, refusals, resuming."""
 
+import contextlib
 import json
+import subprocess
+import sys
 import threading
+import time
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -15,13 +21,22 @@ PLAN = "A ferryman rows the same silent passenger each night until she takes the
 STORY = "The ferry left at nine and the river was black and he did not look at the woman who sat in the bow as always. " * 3
 
 
+@dataclass(frozen=True)
+class Body:
+    """A reply of status 200 and these bytes, or of none for `hang` seconds."""
+
+    data: bytes = b""
+    hang: float = 0.0
+
+
 class Server(ThreadingHTTPServer):
-    """Answers each chat request with what `script` says: a text, or a status to fail with; the last entry repeats."""
+    """Answers each chat request with what `script` says: a text, a `Body`, or a status to fail with; the last entry repeats."""
 
     daemon_threads = True
 
     def __init__(self, script):
         self.script, self.requests, self.headers_seen = list(script), [], []
+        self.headers, self.hanging, self.times = {"Retry-After-Ms": "10"}, threading.Event(), []
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -34,22 +49,30 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append(body)
+        self.server.times.append(time.monotonic())
         self.server.headers_seen.append(self.headers.get("Authorization"))
         script = self.server.script
         answer = script.pop(0) if len(script) > 1 else script[0]
+        if isinstance(answer, Body):
+            self.server.hanging.wait(answer.hang)
+            return self.reply(200, answer.data)
         status = answer if isinstance(answer, int) else 200
         message = {"role": "assistant", "content": answer}
         reply = {"error": {"message": "broken"}} if status != 200 else {
             "id": "x", "object": "chat.completion", "created": 0, "model": body["model"],
             "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
         }  # fmt: skip
-        data = json.dumps(reply).encode()
+        return self.reply(status, json.dumps(reply).encode())
+
+    def reply(self, status: int, data: bytes) -> None:
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
-        self.send_header("Retry-After-Ms", "10")
+        for name, value in self.server.headers.items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(data)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client has given up
+            self.wfile.write(data)
 
     def log_message(self, *args):
         pass
@@ -65,6 +88,7 @@ def serve():
 
     yield start
     for server in servers:
+        server.hanging.set()
         server.shutdown()
         server.server_close()
 
@@ -118,6 +142,76 @@ def test_one_row_that_keeps_failing_does_not_stop_the_others(serve, tmp_path):
     server = serve(500, PLAN)
     outlines, counts = ask(rows(4), teacher(server, tmp_path, retries=0, concurrency=1))
     assert outlines.count(None) == 1 and counts["request_failed"] == 1
+
+
+def test_too_many_requests_are_sent_again_when_the_server_says(serve, tmp_path):
+    server = serve(429, PLAN)
+    server.headers = {"Retry-After": "1"}
+    assert ask(rows(1), teacher(server, tmp_path))[0] == [PLAN]
+    assert len(server.requests) == 2 and server.times[1] - server.times[0] >= 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Body(b'{"id": "x", "choices": [{"index": 0, "mess'),
+        Body(b"<html>Bad gateway</html>"),
+        Body(b'{"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": []}'),
+        Body(b'{"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": null}'),
+        Body(b'{"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [{"index": 0}]}'),
+        Body(b"[]"),
+        Body(b"null"),
+    ],
+    ids=["cut off", "html", "no choice", "null choices", "no message", "a list", "null"],
+)
+def test_an_answer_that_is_none_costs_one_row_and_is_asked_again_next_time(serve, tmp_path, answer):
+    server = serve(answer, PLAN)
+    outlines, counts = ask(rows(4), teacher(server, tmp_path, concurrency=1))
+    assert outlines.count(None) == 1 and outlines.count(PLAN) == 3 and counts["no_answer"] == 1
+    assert ask(rows(4), teacher(server, tmp_path))[0] == [PLAN] * 4 and len(server.requests) == 5
+
+
+def test_a_request_that_hangs_is_given_up_and_the_rest_goes_on(serve, tmp_path):
+    server = serve(PLAN, Body(hang=60), PLAN)
+    outlines, counts = ask(rows(4), teacher(server, tmp_path, concurrency=1, retries=0, timeout=0.5))
+    assert outlines.count(PLAN) == 3 and counts["request_failed"] == 1
+
+
+def test_an_endpoint_that_only_hangs_is_told_before_every_row_has_waited(serve, tmp_path):
+    server = serve(Body(hang=60))
+    with pytest.raises(InputError, match="does not answer .*timed out"):
+        ask(rows(40), teacher(server, tmp_path, concurrency=2, retries=0, timeout=0.5))
+    assert len(server.requests) <= 6
+
+
+def test_a_story_that_comes_back_is_no_outline(serve, tmp_path):
+    outlines, counts = ask(rows(3), teacher(serve(STORY[:300], PLAN), tmp_path, concurrency=1))
+    assert outlines.count(PLAN) == 2 and counts["outline_copies_story"] == 1
+
+
+def test_killed_it_goes_on_without_a_second_request_for_a_finished_row(serve, tmp_path):
+    server = serve(*[PLAN] * 6, Body(hang=60))
+    code = f"""
+from pathlib import Path
+from storygen.outlines import Teacher, ask
+rows = [{{"prompt": f"prompt {{i}}", "story": f"a story {{i}}"}} for i in range(12)]
+ask(rows, Teacher({server.url!r}, "m", "P={{prompt}} S={{story}}", Path({str(tmp_path / "cache.jsonl")!r}), concurrency=1))
+"""
+    running = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
+    assert eventually(lambda: len(server.requests) == 7)
+    running.kill()
+    running.wait()
+    server.script = [PLAN]
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True, timeout=60)
+    asked = [request["messages"][0]["content"] for request in server.requests]
+    assert len(asked) == 13 and len(set(asked)) == 12  # only the one that hung was sent twice
+
+
+def eventually(condition, seconds: float = 60) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        threading.Event().wait(0.01)
+    return condition()
 
 
 def test_refusals_are_counted(serve, tmp_path):
