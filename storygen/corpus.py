@@ -95,6 +95,7 @@ def read_hub(
 
     dropped = Counter() if dropped is None else dropped
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it has to say of an error, ours says in one line
     try:
         commit = HfApi().dataset_info(name, revision=revision, timeout=20).sha or revision
         splits = datasets.load_dataset(name, revision=commit, streaming=True)
