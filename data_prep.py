@@ -23,13 +23,13 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from storygen.bertscore import fingerprint, load_encoder
-from storygen.calibration import calibrate
+from storygen.bertscore import Encoder, fingerprint, load_encoder
+from storygen.calibration import Calibration, calibrate, inputs_key
 from storygen.cleaning import Bounds
 from storygen.cli import InputError, as_json, claim, file_sha256, fill, pick_device, put_in_place, run, write_atomically
 from storygen.corpus import Columns, read_hub, read_rows
 from storygen.duplicates import text_key
-from storygen.idf import build_idf
+from storygen.idf import Idf, build_idf
 from storygen.outlines import Teacher, ask
 from storygen.rowstore import RowStore
 
@@ -130,8 +130,8 @@ def main(args: Args) -> None:
         idf = build_idf(encoder.tokenizer, store.texts(), total)
         idf.save(aside / "idf.npz")
         human, more = store.human(CALIBRATION_STORIES, args.seed)
-        print(f"calibrating on {len(human)} rows and {len(more)} more stories", flush=True)
-        calibrate(human, encoder, idf, args.seed, more).save(aside / "calibration.json")
+        calibration = calibrated(human, encoder, idf, args.seed, more, out / "calibration.json")
+        calibration.save(aside / "calibration.json")
         (aside / "rows.parquet").unlink()
 
         manifest = {
@@ -254,6 +254,22 @@ def ask_teacher(args: Args, store: RowStore) -> dict:
     from_cache = counts.pop("from_cache", 0)
     dropped = {reason: {"unknown": count} for reason, count in counts.items()}
     return {"read": len(chosen), "kept": dict(kept), "dropped": dropped, "from_cache": from_cache}
+
+
+def calibrated(rows: list[dict], encoder: Encoder, idf: Idf, seed: int, stories: list[str], earlier: Path) -> Calibration:
+    """The calibration on human rows: the earlier one, where it was made of the very same by the same code."""
+    key = inputs_key(rows, encoder, idf, seed, stories)
+    try:
+        calibration = Calibration.load(earlier)
+    except InputError:
+        calibration = None
+    if calibration is None or calibration.inputs != key:
+        print(f"calibrating on {len(rows)} rows and {len(stories)} more stories", flush=True)
+        calibration = calibrate(rows, encoder, idf, seed, stories)
+    else:
+        print("calibration: as before, rows, encoder and code are the same")
+    print(f"calibration, with 95% bands: {calibration.summary()}")
+    return calibration
 
 
 def report(manifest: dict, out: Path) -> None:

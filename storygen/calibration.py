@@ -1,9 +1,11 @@
 """What human rows look like, measured: the yardstick that the reward holds a sample against."""
 
+import hashlib
 import json
 import random
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +25,20 @@ PANEL = 32
 MAX_STORIES = 4000
 PROBE_TEXTS = 800
 HOME_MEASURES = ("belongs", "think_belongs", "answers_belong")
+RESAMPLES = 200
+METHODS = ("bertscore", "calibration", "replaced", "textstats")  # modules that a calibration's figures come from
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A value as a function of a length in words: linear between the knots in ln n, held beyond the first and the last."""
+    """A value as a function of a length in words: linear between the knots in ln n, held beyond the first and the last.
+
+    band: half of a 95% interval at every knot, by bootstrap over the rows it was measured on.
+    """
 
     words: tuple[float, ...]
     value: tuple[float, ...]
+    band: tuple[float, ...] = ()
 
     def __call__(self, n: float) -> float:
         return float(np.interp(np.log(max(n, 1.0)), np.log(self.words), self.value))
@@ -101,6 +109,7 @@ class Calibration:
     panel: {"prompt"|"think": PANEL texts of other rows}, of which each candidate's own chance level is measured.
     pairs: counts of `WordOrder`.
     probe: which tokens belong where they stand; the quantiles of `home_measures` are its figures.
+    inputs: `inputs_key` of what it was measured on.
     """
 
     n: dict[str, int]
@@ -114,10 +123,26 @@ class Calibration:
     panel: dict[str, list[str]]
     pairs: dict[str, int]
     probe: Probe
+    inputs: str
 
     def quantile(self, measure: str, level: float) -> float:
         """The human value of a measure at a percentile, linear between LEVELS."""
         return float(np.interp(level, LEVELS, self.quantiles[measure]))
+
+    def summary(self) -> str:
+        """The figures that the reward leans on most, at the human median lengths, with their bands."""
+
+        def at(curve: Curve, text: str = "story") -> str:
+            n = self.quantile(f"{text}_words", 50)
+            return f"{curve(n):.3f} +- {np.interp(np.log(n), np.log(curve.words), curve.band):.3f}"
+
+        parts = []
+        for pair in PAIRS:
+            key, (reference, candidate) = recall_key(pair, "sublinear", True), pair.split("_")
+            levels = f"{at(self.human[key], candidate)}, by chance {at(self.chance[key], candidate)}"
+            parts.append(f"recall of {reference} by {candidate} {levels}")
+        parts.append(f"repeated 2-grams {at(self.repetition['2']['mean'])}, p95 {at(self.repetition['2']['p95'])}")
+        return "; ".join(parts)
 
     def save(self, path: Path | str) -> None:
         write_atomically(Path(path), json.dumps(asdict(self), indent=1) + "\n")
@@ -136,6 +161,13 @@ class Calibration:
             raise InputError(f"{path} is not a calibration of this version: run data_prep.py again") from None
 
 
+def inputs_key(rows: list[dict[str, str]], encoder: Encoder, idf: Idf, seed: int, stories: list[str]) -> str:
+    """One hash of all that `calibrate` depends on, its own code included."""
+    methods = [Path(__file__).with_name(f"{name}.py").read_text("utf-8") for name in METHODS]
+    facts = [rows, stories, encoder.sha256, encoder.layer, idf.fingerprint, idf.documents, seed, methods]
+    return hashlib.sha256(json.dumps(facts).encode() + idf.df.tobytes()).hexdigest()
+
+
 def calibrate(
     rows: list[dict[str, str]], encoder: Encoder, idf: Idf, seed: int, stories: list[str] | None = None
 ) -> Calibration:
@@ -146,6 +178,7 @@ def calibrate(
     rows = [row for row in rows if row["think"].strip() and row["story"].strip()]
     if len(rows) < 2:
         raise InputError(f"calibration needs at least 2 rows with outline and story, there are {len(rows)}")
+    inputs = inputs_key(rows, encoder, idf, seed, stories or [])
     rng = random.Random(seed)
     rows = rng.sample(rows, min(len(rows), MAX_STORIES))
     paired = rows[:MAX_ROWS]
@@ -183,6 +216,7 @@ def calibrate(
         panel={field: [row[field] for row in panel] for field in ("prompt", "think")},
         pairs=order.pairs,
         probe=probe,
+        inputs=inputs,
     )
 
 
@@ -221,12 +255,29 @@ def repetition_curves(texts: list[list[str]], n: int) -> dict[str, Curve]:
     enough = min(20, len(texts))
     grid = [length for length in np.geomspace(25, 4000, 23).round().astype(int)]
     grid = [length for length in grid if sum(len(text) >= length for text in texts) >= enough] or [25]
-    shares = [[ts.repeated_share(text[:length], n) for text in texts if len(text) >= length] or [0.0] for length in grid]
+    shares = np.array([[ts.repeated_share(text[:m], n) if len(text) >= m else np.nan for m in grid] for text in texts])
+    reached = np.where(np.isnan(shares).all(axis=0), 0.0, shares)  # of no story: no repetition is known
 
-    def curve(statistic: Callable[[list[float]], float]) -> Curve:
-        return Curve(tuple(float(length) for length in grid), rising([statistic(share) for share in shares]))
+    def curve(statistic: Callable[[np.ndarray], np.ndarray]) -> Curve:
+        def value(places: np.ndarray) -> tuple[float, ...]:
+            return rising(statistic(reached[places]))
 
-    return {"mean": curve(np.mean), "p95": curve(lambda share: np.percentile(share, 95))}
+        words = tuple(float(length) for length in grid)
+        return Curve(words, value(np.arange(len(texts))), band(value, len(texts)))
+
+    return {
+        "mean": curve(lambda share: np.nanmean(share, axis=0)),
+        "p95": curve(lambda share: np.nanpercentile(share, 95, axis=0)),
+    }
+
+
+def band(statistic: Callable[[np.ndarray], Sequence[float]], rows: int) -> tuple[float, ...]:
+    """Half of a 95% interval of each figure that `statistic` gives for row numbers: normal, by bootstrap over the rows."""
+    rng = np.random.default_rng(0)
+    with warnings.catch_warnings():  # of a length that a resample holds no story of
+        warnings.simplefilter("ignore", RuntimeWarning)
+        draws = np.array([statistic(rng.integers(rows, size=rows)) for _ in range(RESAMPLES)])
+        return tuple(np.nan_to_num(1.96 * np.nanstd(draws, axis=0)).tolist())
 
 
 def correlation_curves(
@@ -269,8 +320,7 @@ def correlation_curves(
                 gains.setdefault(kind, []).append(own - by_chance)
         for kind, levels in mixed.items():
             key = recall_key(pair, *kind)
-            chance[key] = Curve(tuple(float(n) for n in grid), rising(np.mean(levels, axis=0)))
-            human[key] = human_curve(chance[key], lengths, gains[kind])
+            chance[key], human[key] = level_curves(grid, np.array(levels), np.array(lengths), np.array(gains[kind]))
     return chance, human
 
 
@@ -297,7 +347,24 @@ def running_match(x: Embedded, ys: list[Embedded], cuts: np.ndarray) -> list[np.
     return list(best[:, at].T)
 
 
-def human_curve(chance: Curve, lengths: list[int], gain: list[float]) -> Curve:
+def level_curves(grid: np.ndarray, levels: np.ndarray, lengths: np.ndarray, gain: np.ndarray) -> tuple[Curve, Curve]:
+    """Chance and human level, with their bands, from levels (rows, grid), and lengths and gains (rows,) of the true pairs."""
+
+    def fit(rows: np.ndarray) -> tuple[Curve, Curve]:
+        chance = Curve(tuple(float(n) for n in grid), rising(np.mean(levels[rows], axis=0)))
+        return chance, human_curve(chance, lengths[rows], gain[rows])
+
+    chance, human = fit(np.arange(len(gain)))
+
+    def figures(rows: np.ndarray) -> list[float]:
+        drawn_chance, drawn_human = fit(rows)
+        return [*drawn_chance.value, *map(drawn_human, human.words)]
+
+    bands = band(figures, len(gain))
+    return replace(chance, band=bands[: len(grid)]), replace(human, band=bands[len(grid) :])
+
+
+def human_curve(chance: Curve, lengths: np.ndarray, gain: np.ndarray) -> Curve:
     low, high = np.percentile(lengths, (5, 95))
     if high > low:
         slope, level = np.polyfit(np.log(np.maximum(lengths, 1)), gain, 1)

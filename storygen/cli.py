@@ -1,5 +1,6 @@
 """The command line of every script: a dataclass read by tyro, bad input as one line and exit code 2."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -14,6 +15,18 @@ from typing import IO, Any
 
 class InputError(Exception):
     """Something the user gave cannot be used. The message is one line: what is wrong, where, and what to do."""
+
+
+# What a disk says that takes no more.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def disk_error(error: Exception) -> str | None:
+    """What the disk has refused, in one line; None for errors of other kinds. Rust's and Arrow's hold its words alone."""
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return os.strerror(error.errno) + (f", {error.filename}" if error.filename else "")
+    found = (os.strerror(code) for code in DISK_ERRORS if os.strerror(code).lower() in str(error).lower())
+    return next(found, None)
 
 
 def run(main: Callable[[Any], None], args_type: Any) -> None:
@@ -38,6 +51,14 @@ def run(main: Callable[[Any], None], args_type: Any) -> None:
         # The reader of our output (a pager, `head`) has left; Python would complain again while closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except Exception as error:
+        if not (refused := disk_error(error)):
+            raise
+        print(
+            f"error: the disk takes no more ({refused}): make room there, or give another --out; what was whole is",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 def as_json(value: Any) -> Any:

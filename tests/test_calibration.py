@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +10,18 @@ from hypothesis import strategies as st
 
 from storygen import textstats as ts
 from storygen.bertscore import load_encoder
-from storygen.calibration import PAIRS, TF, Calibration, Curve, calibrate, recall_key, repetition_curves, rising
+from storygen.calibration import (
+    PAIRS,
+    TF,
+    Calibration,
+    Curve,
+    band,
+    calibrate,
+    inputs_key,
+    recall_key,
+    repetition_curves,
+    rising,
+)
 from storygen.cli import InputError
 from storygen.idf import Idf
 from tests.reward_data import corpus_rows, data_folder
@@ -43,6 +55,29 @@ def test_repetition_curves_by_hand():
     assert curves["mean"](30) == pytest.approx((1 - 1 / 30) / 20, rel=0.05)
     assert curves["p95"](40) == pytest.approx(np.percentile([0] * 19 + [1 - 1 / 39], 95))
     assert curves["mean"](4000) == curves["mean"](40)
+
+
+def test_bands_are_those_of_a_mean():
+    values = np.random.default_rng(1).normal(3, 2, 400)
+    (half,) = band(lambda rows: [values[rows].mean()], 400)
+    assert half == pytest.approx(1.96 * values.std() / 20, rel=0.15)
+
+
+def test_every_curve_has_a_band_that_its_rows_can_bear(calibration):
+    curves = [*calibration.human.values(), *calibration.chance.values(), *calibration.repetition["2"].values()]
+    assert all(len(curve.band) == len(curve.words) and min(curve.band) >= 0 for curve in curves)
+    key = recall_key("think_story", "sublinear", True)
+    gain = calibration.human[key](200) - calibration.chance[key](200)
+    assert max(calibration.human[key].band) < 0.25 * gain
+
+
+def test_inputs_key_is_of_everything_that_counts(monkeypatch):
+    encoder, rows = load_encoder(), corpus_rows()[:3]
+    idf = Idf.load(data_folder() / "idf.npz", encoder.tokenizer)
+    keys = {inputs_key(rows, encoder, idf, seed, more) for seed in (0, 1) for more in ([], ["One more."])}
+    keys |= {inputs_key(rows[::-1], encoder, idf, 0, []), inputs_key(rows, encoder, replace(idf, df=idf.df + 1), 0, [])}
+    monkeypatch.setattr("storygen.calibration.METHODS", ("textstats",))
+    assert len(keys | {inputs_key(rows, encoder, idf, 0, [])}) == 7
 
 
 def test_quantiles_are_the_datas_own(calibration):

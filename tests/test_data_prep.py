@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,9 +29,11 @@ def command(*args) -> list[str]:
     return [sys.executable, str(ROOT / "data_prep.py"), *map(str, args)]
 
 
-def as_a_process(*args) -> subprocess.CompletedProcess:
+def as_a_process(*args, **options) -> subprocess.CompletedProcess:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
-    return subprocess.run(command(*args), check=False, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
+    return subprocess.run(
+        command(*args), check=False, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300, **options
+    )
 
 
 @pytest.fixture
@@ -100,8 +104,9 @@ def test_a_file_of_stories_beside_the_corpus_outlines_and_the_same_bytes_again(t
     assert manifest["idf_documents"] == 12 + 2 * 20
     prompts = [p for split in ("train", "validation", "test") for p in load_prompts(out, split)]
     assert len(prompts) == len(set(prompts)) == 32 and not any("WP" in prompt for prompt in prompts)
-    assert prepare(*args).returncode == 0, "an earlier data set is replaced"
-    assert load_manifest(out)["hashes"] == manifest["hashes"]
+    done = prepare(*args)
+    assert done.returncode == 0, "an earlier data set is replaced"
+    assert load_manifest(out)["hashes"] == manifest["hashes"] and "calibration: as before" in done.stdout
 
 
 def test_a_teacher_writes_the_outlines(serve, tmp_path, prepare, monkeypatch):  # noqa: F811
@@ -179,21 +184,54 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, prepare):
 
 
 def test_interrupted_it_leaves_the_earlier_data_set(tmp_path, made):
-    out = tmp_path / "out"
-    out.mkdir()
-    for path in made[0].iterdir():
-        (out / path.name).write_bytes(path.read_bytes())
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    out, before = tmp_path / "out", with_earlier(tmp_path, made)
     # A test run that was itself started in the background hands down an ignored SIGINT.
     running = subprocess.Popen(
         command("--preset", "demo", "--out", out), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  no thread here holds a lock
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (tmp_path / ".out.partial").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(tmp_path / ".out.partial")
     running.send_signal(signal.SIGINT)
     running.communicate(timeout=120)
     assert running.returncode != 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.lock"}
+
+
+def wait_for(path: Path, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path} in {seconds} seconds"
+        time.sleep(0.01)
+
+
+def with_earlier(tmp_path: Path, made) -> dict[str, bytes]:
+    """A copy of a whole data set at `out`; its bytes by name."""
+    shutil.copytree(made[0], tmp_path / "out")
+    return {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize(("kilobytes", "at_the_end"), [(1, False), (150, True)])
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path, made, kilobytes, at_the_end):
+    """The kernel refuses to let any file grow beyond the limit: the first one, or calibration.json, the last and largest."""
+    before = with_earlier(tmp_path, made)
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (kilobytes * 1000, kilobytes * 1000))
+    done = as_a_process("--preset", "demo", "--out", tmp_path / "out", "--limit", 40, "--seed", 1, preexec_fn=limit)
+    assert done.returncode == 2 and done.stderr.startswith("error: the disk takes no more (File too large"), done.stderr
+    assert done.stderr.count("\n") == 1 and ("calibration, with" in done.stdout) == at_the_end
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.lock"}
+
+
+def test_killed_it_leaves_the_earlier_data_set_and_the_next_run_is_whole(tmp_path, made, prepare):
+    before = with_earlier(tmp_path, made)
+    args = ("--preset", "demo", "--out", tmp_path / "out", "--limit", 40)
+    for name in ("rows.parquet", "sft.parquet", "idf.npz"):
+        running = subprocess.Popen(command(*args), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(tmp_path / ".out.partial" / name)
+        running.kill()
+        running.wait()
+        assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert prepare(*args).returncode == 0
+    assert load_manifest(tmp_path / "out")["hashes"] == load_manifest(made[0])["hashes"]
     assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.lock"}
