@@ -29,6 +29,14 @@ def disk_error(error: Exception) -> str | None:
     return next(found, None)
 
 
+def lost_process(error: Exception) -> bool:
+    """Whether a run of several processes cannot go on because one of them has gone. gloo's errors have no type of their own."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return several and (
+        type(error).__name__.startswith("Dist") or "gloo" in str(error) or "Connection closed by peer" in str(error)
+    )
+
+
 def run(main: Callable[[Any], None], args_type: Any) -> None:
     """Parse the command line into `args_type`, call `main`, and turn an `InputError` into one line and exit code 2."""
     import tyro

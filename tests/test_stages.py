@@ -8,6 +8,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -238,6 +239,25 @@ def test_two_processes_and_then_one_take_the_steps_of_one(whole_run, zeroshot, h
     metrics = [without_times(run / "metrics.jsonl") for run in (out, whole_run)]
     assert metrics[0][1] == pytest.approx(metrics[1][1], rel=1e-4, abs=1e-5)
     assert [m["step"] for m in metrics[0]] == [0, 1, 2, 3, 4]
+
+
+def test_a_killed_process_ends_the_others_and_the_run_can_be_resumed(zeroshot, home):
+    out = home / "rl_lost"
+    arguments = ["--data", home / "data", "--model", zeroshot, "--out", out, "--resume", *RL]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "rl_train.py"]
+    command = [*map(str, (*torchrun, *arguments)), "--steps", "500"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as agent:
+        deadline = time.monotonic() + 120
+        while not (out / "checkpoints" / "step_000002").exists() and time.monotonic() < deadline:
+            os.sched_yield()
+        second = [one for one in psutil.Process(agent.pid).children() if one.environ().get("RANK") == "1"]
+        second[0].kill()
+        _, errors = agent.communicate(timeout=60)
+    assert agent.returncode != 0 and errors.count("error: another process of this run has ended") == 1
+    step = int(max((out / "checkpoints").glob("step_??????")).name[5:])
+    done = launch(ROOT / "rl_train.py", *arguments, "--steps", step + 1)
+    assert done.returncode == 0, done.stderr
+    assert [m["step"] for m in without_times(out / "metrics.jsonl")] == list(range(step + 2))
 
 
 def test_bad_input_is_told_once_by_all_processes(zeroshot, home):
