@@ -8,15 +8,20 @@ is plain already as it is.
 
 import html
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
 
 # A pass can uncover work for another (an entity inside an entity, a note above a note). Real rows settle after one.
 PASSES = 12
 
+# A raw text with more characters for every word that is allowed is too long whatever they are: megabytes are not cleaned first.
+MOST_CHARACTERS = 50
+
 TAG = r"(?:WP|EU|CW|TT|IP|MP|RF|SP|PI|OT|FF|CC|CS|PM|PP|TH|NSF[WL]|NANO|META|MOD|MODPOST|SATCHAT)"
 BRACKETED = rf"[\[({{]\s*{TAG}(?:\s*[/,|&+]\s*{TAG})*\s*[\])}}]"
-FRONT_TAGS = re.compile(rf"^(?:\s*(?:{BRACKETED}|{TAG}\s*:)\s*[:–—-]*\s*)+", re.IGNORECASE)
-BACK_TAGS = re.compile(rf"(?:\s*{BRACKETED}\s*)+$", re.IGNORECASE)
+# Possessive (`*+`): what is given back could only be matched in another way, and the ways double with every tag.
+FRONT_TAGS = re.compile(rf"^(?:\s*+(?:{BRACKETED}|{TAG}\s*:)\s*+[:–—-]*+\s*+)++", re.IGNORECASE)
+BACK_TAGS = re.compile(rf"(?:\s*+{BRACKETED})++\s*$", re.IGNORECASE)
 META_TAGS = re.compile(r"[\[({]\s*(?:OT|CC|MOD|MODPOST|META|NANO|SATCHAT)\s*[\])}]", re.IGNORECASE)
 META_PROMPT = re.compile(
     r"/?r/writing ?prompts|writingprompts|\bsub-?reddit\b|\b(?:call for |new )moderators\b|\bsatchat\b|\boff[- ]topic\b"
@@ -61,7 +66,7 @@ MARKDOWN_LINK = re.compile(rf"\[ ?([^\[\]\n]*?) ?\] ?\( ?(?:{URL}|/r/[^\s()]*|# 
 BARE_URL = re.compile(rf"\(? ?{URL} ?\)?")
 BREAK = re.compile(r"^(?=.*[-_=~#•*])[\s\-_=~#•*\\]+$")
 LINE_MARKUP = re.compile(r"^(?:#+ *|(?:> *)+|\^ *)(?=\S)", re.MULTILINE)
-EMPHASIS = re.compile(r"(?<![\w*])\*+(?!\*)|(?<=\w)\*{1,2}(?![\w*])|\\(?=[*_#>~^\\])|~~|\^+(?=[\w(])")
+EMPHASIS = re.compile(r"(?<![\w*])\*+(?!\*)|(?<=\w)\*{1,2}(?![\w*])|\\(?=[*_#>~^\\])|~~|(?<!\^)\^+(?=[\w(])")
 UNDERSCORES = re.compile(r"(?<![\w])_{1,2}(?=[^\W_])|(?<=[^\W_])_{1,2}(?!\w)")
 
 CURLY_CONTRACTION = re.compile(r"(?<=\w) ?[’'] (s|t|re|ve|ll|d|m|am|all|clock)\b(?!['’])", re.IGNORECASE)
@@ -84,6 +89,8 @@ GLUED_SINGLE = re.compile(
     r"(?:[,:;]|(?<=[a-z])[.!?](?='[A-Z][a-z])|(?<=[a-z])[a-z](?='[A-Z][a-z]*[ -][^\"\n]*[.!?,]'(?!\w)))(?='[A-Za-z])"
 )
 
+OPENING_SINGLE = re.compile(r"(?<!\w)'(?=\w)")
+CLOSING_SINGLE = re.compile(r"(?<=[^\s'])'(?!\w)")
 # GLUED_SINGLE matches nowhere without it, and it is found in a fiftieth of the time: it begins with a plain character.
 GLUED_SINGLE_HINT = re.compile(r"'(?:(?<=[,:;.!?]')[A-Za-z]|(?<=[a-z]')[A-Z])")
 
@@ -180,6 +187,9 @@ def clean_row(row: dict, bounds: Bounds) -> tuple[dict | None, str | None]:
             return None, empty
         if text is not None and len(text) < 200 and DELETED.match(text):
             return None, "deleted"
+    for text, most in ((prompt, bounds.max_prompt), (think, bounds.max_outline), (story, bounds.max_story)):
+        if text is not None and len(text) > MOST_CHARACTERS * most:
+            return None, "too_long"
     if META_TAGS.search(prompt[:40]) or META_PROMPT.search(prompt):
         return None, "off_topic"
     if story is not None:
@@ -321,12 +331,14 @@ def _straight_quotes(line: str) -> str:
 def _single_quotes(line: str) -> str:
     """`'x '` to `'x'`, and the space that the tokeniser's way back took before an opening single quote."""
     line = GLUED_SINGLE.sub(r"\g<0> ", line)
+    # An apostrophe after a letter is never an opening one.
+    opening = [match.start() for match in OPENING_SINGLE.finditer(line)]
+    closing = [match.start() for match in CLOSING_SINGLE.finditer(line)]
 
     def spaced(match: re.Match) -> str:
-        left = line[: match.start()]
-        # An apostrophe after a letter is never an opening one.
-        opened = len(re.findall(r"(?<!\w)'(?=\w)", left)) > len(re.findall(r"(?<=[^\s'])'(?!\w)", left))
-        return "' " if opened or left.endswith("s") else " '"
+        here = match.start()
+        opened = bisect_left(opening, here) > bisect_left(closing, here)
+        return "' " if opened or line[here - 1] == "s" else " '"
 
     return SPACED_SINGLE.sub(spaced, line)
 

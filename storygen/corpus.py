@@ -249,12 +249,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _csv_records(path: Path) -> Iterator[tuple[str, dict]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader = csv.DictReader(line + "\n" for _, line in _lines(path))
+    # Strict: a stray quote would else swallow every row up to the next one.
+    reader = csv.DictReader((line + "\n" for _, line in _lines(path)), strict=True)
     try:
         for record in reader:
             yield f"{path}, line {reader.line_num}", record
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from None
+        raise InputError(f"{path}, the row from line {reader.line_num + 1}: not valid CSV ({error})") from None
 
 
 def _parquet_records(path: Path) -> Iterator[tuple[str, dict]]:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storygen.cleaning import Bounds, clean_prompt, clean_row
+from storygen.cleaning import MOST_CHARACTERS, Bounds, clean_prompt, clean_row
 from storygen.corpus import SPLITS, split_of
 from storygen.duplicates import crossing_prompts, crossing_stories, story_sketch, text_key
 from storygen.workers import in_processes
@@ -60,7 +60,8 @@ def prepare(rows: list[dict], bounds: Bounds) -> list[Prepared]:
 def prepare_row(row: dict, bounds: Bounds) -> Prepared:
     clean, reason = clean_row(row, bounds)
     if clean is None:
-        prompt = clean_prompt(row["prompt"])
+        endless = len(row["prompt"]) > MOST_CHARACTERS * bounds.max_prompt
+        prompt = "" if endless else clean_prompt(row["prompt"])
         return Prepared(split_of(prompt) if prompt else "unknown", reason)
     split, story = split_of(clean["prompt"]), clean["story"]
     if story is None:
