@@ -1,6 +1,7 @@
 """What the reward's workbench shows: rows read from a file, which word answered which, which pairs of samples flip."""
 
 import json
+import re
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from storygen.calibration import Calibration, chance_key
 from storygen.cli import InputError
 from storygen.replaced import Probe
 
+MOST_CHARACTERS = 200_000  # a short novel; encoding it takes seconds
+SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 def read_rows(path: Path, extra: dict[str, type] | None = None) -> list[dict[str, Any]]:
     """Rows of a jsonl file, each checked for the keys of a sample and `extra` ones; InputError names file and line."""
@@ -28,13 +32,18 @@ def read_rows(path: Path, extra: dict[str, type] | None = None) -> list[dict[str
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}:{number}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise InputError(f"{path}:{number}: not a JSON object")
         for key, kind in ({"prompt": str, "think": str, "story": str, "finished": bool} | (extra or {})).items():
             if not isinstance(row.get(key), (int, float) if kind is float else kind):
                 raise InputError(f"{path}:{number}: {key!r} must be a {KINDS[kind]}")
+        for key in ("prompt", "think", "story"):
+            if len(row[key]) > MOST_CHARACTERS:
+                raise InputError(f"{path}:{number}: {key!r} has {len(row[key])} characters, more than {MOST_CHARACTERS}")
+            if not row[key].isascii() and SURROGATE.search(row[key]):
+                raise InputError(f"{path}:{number}: {key!r} holds half a character (a lone surrogate), which is no text")
         if row.get("room") is not None and not isinstance(row["room"], int):
             raise InputError(f"{path}:{number}: 'room' must be a whole number")
         rows.append(row)

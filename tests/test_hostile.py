@@ -12,11 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reward import Reward, Sample
 from storygen.cleaning import MOST_CHARACTERS, Bounds
 from storygen.cli import InputError
 from storygen.corpus import load_prompts, load_sft, read_rows
 from storygen.pattern import Pattern
 from storygen.rowstore import RowStore, prepare_row
+from storygen.workbench import read_rows as rows_to_score
+from tests.reward_data import data_folder
 
 LONG = "The ferry left at nine and the river was black, and he did not look at the woman who sat in the bow. " * 6
 TAGS = "<eos> <story> <think> <prompt> <|endoftext|> [SEP] <pad>"
@@ -148,3 +151,42 @@ def test_hostile_files_are_read_or_refused_with_their_place(tmp_path, name, cont
             stored(tmp_path, tmp_path / name)
         assert place in str(refused.value) and "\n" not in str(refused.value)
     assert time.perf_counter() - clock < SECONDS
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b"[" * 10_000 + b"]" * 10_000, ":2: not JSON"),
+        (b"[1]", ":2: not a JSON object"),
+        (json.dumps(ROW | {"finished": True, "story": "\ud800"}).encode(), ":2: 'story' holds half a character"),
+        (json.dumps(ROW | {"finished": True, "think": "a " * 200_000}).encode(), ":2: 'think' has 400000 characters"),
+        (json.dumps(ROW | {"finished": 1}).encode(), ":2: 'finished' must be a boolean"),
+        (json.dumps(ROW | {"finished": True, "prompt": ["A dog."]}).encode(), ":2: 'prompt' must be a string"),
+        (b"\xff", "cannot be read"),
+    ],
+)
+def test_rows_to_score_are_refused_with_their_line(tmp_path, line, says):
+    (tmp_path / "rows.jsonl").write_bytes(json.dumps(ROW | {"finished": True}).encode() + b"\n" + line + b"\n")
+    with pytest.raises(InputError) as refused:
+        rows_to_score(tmp_path / "rows.jsonl")
+    assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_odd_characters_are_scored_like_any_other():
+    odd = [
+        "\x00\x07",
+        "\u202e\u200f",
+        "😍👩‍👩‍👧",
+        "e\u0301" * 50,
+        "漢字",
+        TAGS,
+        "\u2028\x85",
+        "ﷺ",
+        "x" * 50_000,
+        "' \" ` ``",
+    ]
+    samples = [Sample(f"{text} A ferryman rows.", f"{text} He rows.", f"{LONG} {text}", True) for text in odd]
+    samples += [Sample(text, text, text, True) for text in odd]
+    scores = Reward.load(data_folder())(samples, 200.0)
+    assert all(-2 <= score.reward <= 1 for score in scores)
+    assert all(0 <= value <= 1 for score in scores for value in (*score.parts.values(), *score.guards.values()))
