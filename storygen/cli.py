@@ -60,13 +60,14 @@ def run(main: Callable[[Any], None], args_type: Any) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        if not (refused := disk_error(error)):
+        if lost_process(error):
+            say, code = "another process of this run has ended; start it again, rl_train.py with --resume, to go on", 1
+        elif refused := disk_error(error):
+            say, code = f"the disk takes no more ({refused}): make room, or give another --out; what was whole still is", 2
+        else:
             raise
-        print(
-            f"error: the disk takes no more ({refused}): make room there, or give another --out; what was whole is",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        print(f"error: {say}", file=sys.stderr)
+        sys.exit(code)
 
 
 def as_json(value: Any) -> Any:
