@@ -26,22 +26,20 @@ class Decoder:
         self.positions = model.transformer.wpe.weight.detach().to(dtype)
         # A transposed copy: at a few rows the product is bound by memory, and this order reads it in one sweep.
         self.head = model.lm_head.weight.detach()[:vocabulary].to(dtype).t().contiguous()
-        self.cells = (slots, self.heads, length)
         self.on_cpu = model.device.type == "cpu"
-        self.keys = [self._cache(dtype, model) for _ in self.blocks]
-        self.values = [self._cache(dtype, model) for _ in self.blocks]
+        shape = (slots, self.heads, length, config.n_embd // self.heads)
+        self.keys = [self._cache(shape, dtype, model.device, keys=True) for _ in self.blocks]
+        self.values = [self._cache(shape, dtype, model.device, keys=False) for _ in self.blocks]
 
-    def _cache(self, dtype: torch.dtype, model: GPT2LMHeadModel) -> torch.Tensor:
-        """Zeros (slots * heads * length, head width): what is masked out is multiplied by zero, so it must be a number."""
-        slots, heads, length = self.cells
-        shape = (slots * heads * length, model.config.n_embd // heads)
-        if self.on_cpu:  # fp32 whatever the dtype: see _attend
-            return torch.from_numpy(np.zeros(shape, dtype=np.float32))  # memory that is not used is never touched
-        return torch.zeros(shape, dtype=dtype, device=model.device)
-
-    def _cells(self, cache: torch.Tensor) -> torch.Tensor:
-        """(slots, heads, length, head width)"""
-        return cache.view(*self.cells, -1)
+    def _cache(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, keys: bool) -> torch.Tensor:
+        """Zeros (slots, heads, length, head width): what is masked out is multiplied by zero, so it must be a number."""
+        if not self.on_cpu:
+            return torch.zeros(shape, dtype=dtype, device=device)
+        # fp32 whatever the dtype, and keys with the length innermost: see _attend.
+        slots, heads, length, width = shape
+        inner = (width, length) if keys else (length, width)
+        cache = torch.from_numpy(np.zeros((slots, heads, *inner), dtype=np.float32))  # what is not used is never touched
+        return cache.transpose(2, 3) if keys else cache
 
     def _norm(self, x: torch.Tensor, parameters: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return F.layer_norm(x, x.shape[-1:], *parameters, self.eps)
@@ -75,39 +73,35 @@ class Decoder:
         """A prefill's keys and values into the start of each of `slots`."""
         for cache, new in ((self.keys, keys), (self.values, values)):
             for layer, one in enumerate(cache):
-                self._cells(one)[slots, :, : new.shape[2]] = new[layer].to(one.dtype)
+                one[slots, :, : new.shape[2]] = new[layer].to(one.dtype)
 
     def move(self, source: int, target: int, length: int) -> None:
         for cache in (*self.keys, *self.values):
-            cells = self._cells(cache)
-            cells[target, :, :length] = cells[source, :, :length]
+            cache[target, :, :length] = cache[source, :, :length]
 
     def _attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Attention of one query a row, (rows, heads, 1, head width)."""
         if not self.on_cpu:
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         # The processor's fused kernel is made for many queries: with one it is 3 times slower than two plain products in fp32,
-        # which read the cache at the speed of memory, and in bf16 5 times.
+        # and in bf16 5 times. A product of one row runs at the speed of memory where the other factor's rows are long.
         rows, heads, time, width = keys.shape
-        scaled = (q.float() * width**-0.5).view(rows * heads, width, 1)
-        weights = torch.bmm(keys.flatten(0, 1), scaled).view(rows, heads, 1, time).add_(mask).softmax(-1)
+        scaled = (q.float() * width**-0.5).view(rows * heads, 1, width)
+        weights = torch.bmm(scaled, keys.transpose(2, 3).flatten(0, 1)).view(rows, heads, 1, time).add_(mask).softmax(-1)
         return torch.bmm(weights.view(rows * heads, 1, time), values.flatten(0, 1)).view_as(q).to(q.dtype)
 
     def step(self, tokens: torch.Tensor, positions: torch.Tensor, longest: int) -> torch.Tensor:
         """One token for each of the first n slots, at its own position: logits (n, vocabulary). `longest` = max position + 1."""
         n = len(tokens)
         device = tokens.device
-        _, heads, length = self.cells
-        cell = (torch.arange(n, device=device)[:, None] * heads + torch.arange(heads, device=device)) * length
-        cell = (cell + positions[:, None]).flatten()
+        slots = torch.arange(n, device=device)
         mask = torch.zeros(n, 1, 1, longest, dtype=self.keys[0].dtype, device=device)
         mask.masked_fill_((torch.arange(longest, device=device) > positions[:, None])[:, None, None], -torch.inf)
 
         def attend(layer, q, k, v):
             for cache, new in ((self.keys[layer], k), (self.values[layer], v)):
-                cache.index_copy_(0, cell, new.reshape(n * heads, -1).to(cache.dtype))
-            keys, values = (self._cells(cache[layer])[:n, :, :longest] for cache in (self.keys, self.values))
-            return self._attend(q, keys, values, mask)
+                cache[slots, :, positions] = new[:, :, 0].to(cache.dtype)
+            return self._attend(q, self.keys[layer][:n, :, :longest], self.values[layer][:n, :, :longest], mask)
 
         x = self.tokens[tokens] + self.positions[positions]
         return (self._blocks(x[:, None], attend)[:, 0] @ self.head).float()
