@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2LMHeadModel
 
+BLOCK = 128  # tokens of the vocabulary that are summed at once in a draw
+
 
 class Decoder:
     """GPT-2's forward pass over slots of a KV cache, with its weights in one dtype."""
@@ -120,8 +122,15 @@ def draw(
         ordered = ordered.masked_fill(mass - ordered.exp() >= top_p, -torch.inf)
         logits = torch.empty_like(logits).scatter_(-1, index, ordered)
     shifted = logits - logits.amax(-1, keepdim=True)
-    weights = shifted.exp()
-    cdf = weights.cumsum(-1)
+    # In two steps, which block and where in it: a running sum over the whole vocabulary adds one number at a time.
+    weights = F.pad(shifted.exp(), (0, -logits.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    upto = weights.sum(-1).cumsum(-1)
+    target = uniforms[:, None] * upto[:, -1:]
     # right=True: the first entry above the draw, which a token of probability zero never is.
-    chosen = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)
-    return chosen[:, 0], shifted.gather(-1, chosen)[:, 0] - weights.sum(-1).log()
+    block = torch.searchsorted(upto, target, right=True).clamp_(max=upto.shape[1] - 1)
+    inside = weights.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1)
+    before = upto.gather(1, block) - inside[:, -1:]
+    # Rounding must not carry the draw out of the block.
+    rest = torch.minimum((target - before).clamp_(min=0), inside[:, -1:] * (1 - 2**-23))
+    chosen = block * BLOCK + torch.searchsorted(inside, rest, right=True)
+    return chosen[:, 0], (shifted.gather(-1, chosen) - upto[:, -1:].log())[:, 0]

@@ -1,10 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import chi2_contingency, chisquare
 from tqdm import tqdm
 
 from storygen.cli import InputError
+from storygen.decoder import draw
 from storygen.gpu_sampler import sample_rows
 from storygen.logprobs import response_logps
 from storygen.sampler import sample
@@ -30,6 +33,28 @@ def test_logps_equal_a_full_unpadded_forward(tiny):
             with torch.no_grad():
                 ours = response_logps(model, [prefix + completion.ids], [len(prefix)], pattern.pad_id)
             assert torch.allclose(ours, expected, atol=1e-4)
+
+
+@given(
+    st.integers(1, 700),
+    st.integers(0, 10**6),
+    st.floats(0, 0.999),
+    st.sampled_from([0.0, 2**-24, 0.5, 1 - 2**-23, 1 - 2**-24]),
+)
+def test_a_draw_is_the_quantile_of_its_uniform(vocabulary, seed, impossible, uniform):
+    """Against a cumulative sum in double precision; the ends of [0, 1) and tokens of probability zero included."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, vocabulary, generator=generator) * 5
+    logits[torch.rand(3, vocabulary, generator=generator) < impossible] = -torch.inf
+    logits[:, seed % vocabulary] = 0.0
+    uniforms = torch.tensor([uniform, *torch.rand(2, generator=generator).tolist()])
+    tokens, logps = draw(logits, uniforms, 1.0, 1.0)
+    law = logits.double().softmax(-1)
+    upto = law.cumsum(-1)
+    for row, (token, u) in enumerate(zip(tokens.tolist(), uniforms.tolist(), strict=True)):
+        assert law[row, token] > 0
+        assert upto[row, token] - law[row, token] - 1e-6 <= u <= upto[row, token] + 1e-6
+        assert logps[row].item() == pytest.approx(law[row, token].log().item(), abs=1e-5)
 
 
 def test_rows_beyond_the_vocabulary_are_no_part_of_the_law(tiny):
