@@ -1,10 +1,8 @@
 # `make demo` shows the whole thing on a laptop; `make test` runs the tests. Both set up .venv first.
 PYTHON ?= python3
 PY := .venv/bin/python
-# glibc gives large blocks back to the system and asks for them again, page by page: kept instead, an update is a tenth faster.
-MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 # Warnings of the libraries' own making, and hub look-ups that nothing here needs, stay out of the demo's output.
-DEMO := $(MALLOC) HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error $(PY)
+DEMO := HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error $(PY)
 
 .PHONY: demo test lint clean
 

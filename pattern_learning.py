@@ -30,7 +30,7 @@ from storygen.checkpoint import Interrupt, load_model, load_state, save_model, s
 from storygen.cli import InputError, as_json, claim, fill, pick_device, run, write_atomically
 from storygen.corpus import load_manifest, load_sft
 from storygen.logprobs import Precision, pick_dtype, response_logps
-from storygen.memory import Shape, free_memory, halve_until_it_fits, plan
+from storygen.memory import Shape, free_memory, halve_until_it_fits, keep_freed_memory, plan
 from storygen.pattern import Pattern, add_pattern_tokens, context_length
 from storygen.processes import add, add_gradients, deal, gather, join, share
 from storygen.sampler import sample
@@ -225,6 +225,7 @@ def learning_rate(step: int, args: Args) -> float:
 def main(args: Args) -> None:
     processes, device = join(pick_device(args.device))
     chief = processes.is_main_process  # the one that prints and writes
+    keep_freed_memory()
     manifest = load_manifest(args.data)
     preset = manifest["preset"]
     print(f"preset {preset}, as {args.data}/manifest.json says")

@@ -43,7 +43,7 @@ from storygen.checkpoint import (
 from storygen.cli import InputError, as_json, claim, fill, pick_device, run, write_atomically
 from storygen.corpus import load_manifest, load_prompts
 from storygen.logprobs import Precision, check_forward, pick_dtype, response_logps
-from storygen.memory import Shape, free_memory, halve_until_it_fits, plan
+from storygen.memory import Shape, free_memory, halve_until_it_fits, keep_freed_memory, plan
 from storygen.pattern import Pattern, context_length
 from storygen.ppo import Advantage, adapt_beta, advantages, next_length_target, policy_loss
 from storygen.processes import add, add_gradients, gather, join, share
@@ -302,6 +302,7 @@ def part_rewards(score: Score, config: RewardConfig) -> list[float]:
 def main(args: Args) -> None:
     processes, device = join(pick_device(args.device))
     chief = processes.is_main_process  # the one that prints and writes
+    keep_freed_memory()
     manifest = load_manifest(args.data)
     preset = manifest["preset"]
     print(f"preset {preset}, as {args.data}/manifest.json says")

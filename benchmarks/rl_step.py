@@ -30,6 +30,7 @@ from reward import Reward, Sample
 from storygen.checkpoint import load_model
 from storygen.corpus import load_prompts
 from storygen.logprobs import pick_dtype
+from storygen.memory import keep_freed_memory
 from storygen.pattern import Pattern, context_length
 from storygen.ppo import adapt_beta, advantages
 from storygen.rollout import rollout
@@ -167,6 +168,7 @@ def timed(call) -> float:
 
 
 def main(args: Args) -> None:
+    keep_freed_memory()
     if args.quick:
         args = replace(args, prompts=2, new_tokens=64, steps=1)
     if args.only:

@@ -28,6 +28,7 @@ from storygen.batching import token_budget_batches
 from storygen.checkpoint import load_model
 from storygen.corpus import load_sft
 from storygen.logprobs import pick_dtype, response_logps
+from storygen.memory import keep_freed_memory
 from storygen.pattern import Pattern, context_length
 
 
@@ -118,6 +119,7 @@ def trainer(args: Args, batches: list[Batch], dtype: torch.dtype, grouped: bool)
 
 
 def main(args: Args) -> None:
+    keep_freed_memory()
     if args.quick:
         args = replace(args, rows=6, steps=3, rounds=1)
     model, tokenizer = fresh(args)

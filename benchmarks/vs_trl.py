@@ -33,6 +33,7 @@ from storygen.checkpoint import load_model
 from storygen.cli import write_atomically
 from storygen.corpus import load_prompts
 from storygen.logprobs import pick_dtype
+from storygen.memory import keep_freed_memory
 from storygen.pattern import Pattern, context_length
 from storygen.rollout import rollout
 
@@ -129,6 +130,7 @@ def seconds_to(curve: list[dict[str, float]], reward: float) -> float | None:
 
 
 def main(args: Args) -> None:
+    keep_freed_memory()
     if args.quick:
         args = replace(
             args,
