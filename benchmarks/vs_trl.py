@@ -5,7 +5,7 @@
 All start from the same checkpoint and see the same prompts in the same order, with the same reward (length target fixed at the human
 median), samples a prompt, cap on new tokens, learning rate, optimizer steps and arithmetic; loss, advantages, clipping and KL
 are each one's own. Every `--eval-every` steps the held-out prompts are sampled by our sampler and scored; that is not in the
-times. Writes curves.json to --out.
+times. Writes curves.json to --out after every run, and takes from there what is done already: stopped, it goes on.
 
 reward_at_equal_samples_ours, _trl   held-out reward after the last step, mean over seeds; _trl: the better of its trainers
 speedup_to_equal_reward              TRL's minutes to its own highest mean reward over our minutes to the same reward (linear
@@ -30,7 +30,7 @@ from benchmarks.rl_step import Ours
 from benchmarks.trl_peer import run_trl
 from reward import Reward, Sample
 from storygen.checkpoint import load_model
-from storygen.cli import write_atomically
+from storygen.cli import as_json, write_atomically
 from storygen.corpus import load_prompts
 from storygen.logprobs import pick_dtype
 from storygen.memory import keep_freed_memory
@@ -142,14 +142,20 @@ def main(args: Args) -> None:
             eval_every=2,
             eval_prompts=16,
             max_new_tokens=300,
+            out=Path(tempfile.mkdtemp()),
         )
-    reward = Reward.load(args.data)
-    runs: dict[str, list] = {side: [] for side in args.sides}
+    reward, path = Reward.load(args.data), args.out / "curves.json"
+    settings = {name: value for name, value in as_json(args).items() if name not in ("out", "sides", "seeds", "quick")}
+    done = json.loads(path.read_text("utf-8")) if path.exists() else {"settings": settings, "runs": {}}
+    if done["settings"] != settings:
+        sys.exit(f"error: {path} holds runs with other settings: give another --out")
     for seed in args.seeds:
         for side in args.sides:
-            runs[side].append(run_side(side, seed, args, reward))
-            args.out.mkdir(parents=True, exist_ok=True)
-            write_atomically(args.out / "curves.json", json.dumps({"steps": args.steps, "runs": runs}, indent=1))
+            if str(seed) not in done["runs"].setdefault(side, {}):
+                done["runs"][side][str(seed)] = run_side(side, seed, args, reward)
+                args.out.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, json.dumps(done, indent=1))
+    runs = {side: [done["runs"][side][str(seed)] for seed in args.seeds] for side in args.sides}
     curves = {side: mean_curve(of_seeds) for side, of_seeds in runs.items()}
     print(f"{torch.get_num_threads()} threads, seeds {args.seeds}, {args.prompts} x {args.k} samples a step")
     print(f"{'':6} {'samples':>8} {'minutes':>8} {'held-out reward':>16} {'+- error over seeds':>20}")

@@ -118,7 +118,8 @@ def length(args: Length) -> None:
 def vs_trl(args: VsTrl) -> None:
     runs = json.loads(args.curves.read_text(encoding="utf-8"))["runs"]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-    for side, of_seeds in runs.items():
+    for side, by_seed in runs.items():
+        of_seeds = list(by_seed.values())
         rewards = np.array([[point["reward"] for point in points] for points in of_seeds])
         for axis, key, unit in zip(axes, ("samples", "seconds"), (1, 60), strict=True):
             x = np.mean([[point[key] for point in points] for points in of_seeds], axis=0) / unit
