@@ -1,13 +1,12 @@
 """Batches of work in processes of their own, on every core; results in order, and never more than a few batches in memory."""
 
-import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TypeVar
 
-from loky import ProcessPoolExecutor
+from loky import ProcessPoolExecutor, cpu_count
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,7 +21,7 @@ def in_processes(work: Callable[[list[Item]], Result], items: Iterable[Item], ba
     work: a function at the top of a module, and what it returns can be pickled. An error in it is raised here.
     """
     stream = iter(items)
-    cores = len(os.sched_getaffinity(0))
+    cores = cpu_count()
     for _ in range(AT_HOME):
         if not (first := list(islice(stream, batch))):
             return

@@ -205,18 +205,21 @@ def test_rl_leaves_everything_it_promises(whole_run):
     assert "<html" in (whole_run / "report.html").read_text()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_run_resumes_to_the_same_bytes(whole_run, zeroshot, home, how):
-    out = home / f"rl_{how.name}"
+@pytest.mark.parametrize(
+    ("signals", "code"), [([signal.SIGKILL], -9), ([signal.SIGTERM], 143), ([signal.SIGINT, signal.SIGINT], 130)]
+)
+def test_killed_run_resumes_to_the_same_bytes(whole_run, zeroshot, home, signals, code):
+    """The second Ctrl-C comes while the first is being answered: in the midst of a checkpoint, as a rule."""
+    out = home / f"rl_{signals[-1].name}"
     arguments = ["--data", home / "data", "--model", zeroshot, "--out", out, "--resume", *RL]
     command = [sys.executable, str(ROOT / "rl_train.py"), *map(str, arguments)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while not (out / "checkpoints" / "step_000001").exists() and time.monotonic() < deadline:
             os.sched_yield()
-        process.send_signal(how)
-        code = process.wait(60)
-    assert code == (-9 if how == signal.SIGKILL else 143)
+        for number in signals:
+            process.send_signal(number)
+        assert process.wait(60) == code
     assert not (out / "final").exists()
     done = launch("rl_train.py", *arguments)
     assert done.returncode == 0, done.stderr
