@@ -26,8 +26,8 @@ from reward import Reward, Sample, Score
 from storygen.batching import token_budget_batches
 from storygen.checkpoint import load_model
 from storygen.cli import InputError, pick_device, run, write_atomically
-from storygen.corpus import load_prompts
-from storygen.diversity import distinct, self_bleu
+from storygen.corpus import load_prompts, load_sft
+from storygen.diversity import Copies, distinct, nearest, self_bleu
 from storygen.logprobs import best_dtype, response_logps
 from storygen.pattern import Pattern, context_length
 from storygen.rollout import rollout
@@ -212,6 +212,18 @@ def describe(samples: list[Sample], scores: list[Score], seed: int) -> dict[str,
     }
 
 
+def novelty(samples: list[Sample], training: list[str], copies: Copies) -> dict[str, Any]:
+    """How new the stories are beside those of fine-tuning: longest copied run of words, and tf-idf cosine to the nearest."""
+    told = [s.story for s in samples if words(s.story)]
+    if not told:
+        return {"copied_run": None, "nearest_story": None}
+    runs, cosines = [copies.longest(words(story)) for story in told], nearest(told, training)
+    return {
+        "copied_run": {f"p{q}": float(np.percentile(runs, q)) for q in (50, 95, 100)},
+        "nearest_story": {f"p{q}": float(np.percentile(cosines, q)) for q in (50, 95, 100)},
+    }
+
+
 def table(results: list[dict[str, Any]]) -> Table:
     """One column a model, one row a measure."""
     shares = "shares of samples, guards of well-formed ones; nats a token; intervals: 95%, bootstrap over prompts"
@@ -247,6 +259,16 @@ def table(results: list[dict[str, Any]]) -> Table:
     add("distinct-2 in a story", lambda r: number(r["distinct_2_story"]))
     add(f"distinct-2 of {DISTINCT_SIZE:,}", lambda r: number(r["distinct_2_set"]))
     add("self-BLEU-4", lambda r: number(r["self_bleu_4"]))
+    for name, key, digits in (
+        ("longest copied run, words", "copied_run", 0),
+        ("cosine to the nearest story", "nearest_story", 2),
+    ):
+        add(
+            f"{name}, p50/p95/max",
+            lambda r, key=key, digits=digits: (
+                " / ".join(number(r[key][q], digits) for q in ("p50", "p95", "p100")) if r[key] else "–"
+            ),
+        )
     if any(r["reference_nll"] is not None for r in results):
         add("reference NLL, nats", lambda r: number(r["reference_nll"]))
     add("outline's worth over another, nats", lambda r: interval(r["outline_worth"]["other"]))
@@ -272,6 +294,9 @@ def main(args: Args) -> None:
     reward = Reward.load(args.data, args.reward, device)
     length_target = args.length_target or reward.calibration.quantile("story_words", 50)
 
+    training = [row["story"] for row in load_sft(args.data, "train")]
+    copies = Copies([words(story) for story in training])
+
     results, rows, first = [], [], None
     for folder in args.models:
         model, tokenizer = load_model(folder, device, dtype=best_dtype(device))
@@ -283,7 +308,7 @@ def main(args: Args) -> None:
         facts = zip(batch.prompts, batch.parsed, batch.room, strict=True)
         samples = [Sample(prompt, **vars(parsed), room=room) for prompt, parsed, room in facts]
         scores = reward(samples, length_target)
-        result = {"model": folder, **describe(samples, scores, args.seed)}
+        result = {"model": folder, **describe(samples, scores, args.seed), **novelty(samples, training, copies)}
         per_prompt = by_prompt([score.reward for score in scores], [s.prompt for s in samples])
         first = per_prompt if first is None else first
         result["vs_first"] = bootstrap(per_prompt - first, args.seed) if results else None

@@ -1,11 +1,15 @@
-"""How varied a set of texts is: pure functions over tokenised texts."""
+"""How varied a set of texts is, and how new beside others: pure functions over tokenised texts."""
 
 import math
 import random
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 from storygen.textstats import ngrams
+
+SEED_RUN = 3  # words that a copied run must have to be found
 
 
 def distinct(texts: Sequence[Sequence[str]], n: int, size: int | None = None) -> float:
@@ -61,3 +65,46 @@ def self_bleu(texts: Sequence[Sequence[str]], n: int = 4, references: int = 32, 
         others = [j for j in range(len(texts)) if j != i]
         scores.append(bleu(text, [texts[j] for j in draw.sample(others, min(references, len(others)))], n))
     return sum(scores) / len(scores)
+
+
+class Copies:
+    """Longest runs of words that texts share with given ones, by an index of the given ones' runs of SEED_RUN words."""
+
+    def __init__(self, texts: Sequence[Sequence[str]]):
+        self.numbers = {word: i for i, word in enumerate(dict.fromkeys(word for text in texts for word in text), start=1)}
+        # 0 after every text, a word that no other text has: runs end there.
+        self.words = np.array([n for text in texts for n in (*(self.numbers[word] for word in text), 0)], dtype=np.int64)
+        codes = self._codes(self.words)
+        self.order = np.argsort(codes, kind="stable")
+        self.codes = codes[self.order]
+
+    def _codes(self, numbers: np.ndarray) -> np.ndarray:
+        """One number for every run of SEED_RUN words."""
+        padded = np.concatenate([numbers, np.zeros(SEED_RUN, dtype=np.int64)])
+        runs = np.lib.stride_tricks.sliding_window_view(padded, SEED_RUN)[: len(numbers)]
+        return runs @ ((len(self.numbers) + 2) ** np.arange(SEED_RUN))[::-1]
+
+    def longest(self, text: Sequence[str]) -> int:
+        """Words of the longest run that stands in one of the texts too; 0 where it is shorter than SEED_RUN."""
+        unknown = len(self.numbers) + 1
+        own = np.array([*(self.numbers.get(word, unknown) for word in text), -1], dtype=np.int64)
+        codes = self._codes(own[:-1])[: max(0, len(text) - SEED_RUN + 1)]
+        first, last = np.searchsorted(self.codes, codes, "left"), np.searchsorted(self.codes, codes, "right")
+        here = np.repeat(np.arange(len(codes)), last - first)
+        there = self.order[np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)] or [[]]).astype(int)]
+        length = SEED_RUN - 1
+        while len(here):
+            length += 1
+            end = np.minimum(there + length, len(self.words) - 1)
+            goes_on = own[here + length] == self.words[end]
+            here, there = here[goes_on], there[goes_on]
+        return length if length >= SEED_RUN else 0
+
+
+def nearest(texts: Sequence[str], others: Sequence[str]) -> np.ndarray:
+    """Largest tf-idf cosine of each text with any of the others, (texts,): 1 for a copy. scikit-learn's, sublinear tf."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectors = TfidfVectorizer(sublinear_tf=True)
+    known = vectors.fit_transform(others)
+    return (vectors.transform(texts) @ known.T).max(axis=1).toarray()[:, 0]

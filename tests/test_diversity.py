@@ -5,8 +5,10 @@ import random
 from itertools import combinations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from storygen.diversity import bleu, distinct, self_bleu
+from storygen.diversity import Copies, bleu, distinct, nearest, self_bleu
 from storygen.textstats import words
 
 
@@ -52,3 +54,34 @@ def test_self_bleu_tells_copies_from_different_texts():
     mixed = [random.Random(i).choices("abcdefgh", k=60) for i in range(50)]
     assert self_bleu(mixed, references=40) > self_bleu(mixed, references=2)
     assert self_bleu(mixed, seed=1) == self_bleu(mixed, seed=1)
+
+
+def longest_by_hand(text: list[str], others: list[list[str]]) -> int:
+    found = 0
+    for other in others:
+        for i in range(len(text)):
+            for j in range(len(other)):
+                n = 0
+                while i + n < len(text) and j + n < len(other) and text[i + n] == other[j + n]:
+                    n += 1
+                found = max(found, n)
+    return found if found >= 3 else 0
+
+
+TEXTS = st.lists(st.lists(st.sampled_from("abcd"), max_size=14), max_size=5)
+
+
+@given(TEXTS, st.lists(st.sampled_from("abcdx"), max_size=14))
+def test_longest_copied_run_is_that_of_a_plain_search(texts, text):
+    assert Copies(texts).longest(text) == longest_by_hand(text, texts)
+
+
+def test_a_copied_run_ends_with_its_text():
+    assert Copies([list("abc"), list("def")]).longest(list("abcdef")) == 3
+    assert Copies([list("xabcdefy")]).longest(list("zabcdefz")) == 6
+
+
+def test_nearest_is_1_for_a_copy_and_0_for_other_words():
+    others = ["the king sleeps in the wood", "a ferry leaves at nine"]
+    copy, none, part = nearest([others[1], "zebras quarrel", "the king leaves"], others)
+    assert copy == pytest.approx(1) and none == 0 and 0 < part < 1

@@ -142,6 +142,8 @@ def folders(tiny, tmp_path, monkeypatch):
     rows = [{"split": "test", "prompt": f"Write about door {i}."} for i in range(5)]
     (tmp_path / "data").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / "prompts.parquet")
+    told = {"split": "train", "prompt": "A dog.", "think": "It barks.", "story": "Once a dog barked at a door."}
+    pq.write_table(pa.Table.from_pylist([told]), tmp_path / "data" / "sft.parquet")
     monkeypatch.setattr(evaluate.Reward, "load", staticmethod(lambda *_: WordCount()))
     monkeypatch.setattr(evaluate, "story_rewards", lambda reward, prompts, stories, target: [len(s) for s in stories])
     return tmp_path
@@ -159,6 +161,7 @@ def test_a_whole_comparison(folders, capsys):
     assert printed["prompts"] == 4 and printed["length_target"] == 20.0
     assert first["vs_first"] is None and second["vs_first"]["mean"] == 0.0
     assert first["reward"] == second["reward"] and first["reference_nll"] == second["reference_nll"] > 0
+    assert 0 <= first["copied_run"]["p50"] <= first["copied_run"]["p100"] <= 7 and 0 <= first["nearest_story"]["p100"] <= 1
     assert first["planned"]["mean"] > 0 and first["unplanned"] == second["unplanned"]
     gain = first["planned"]["mean"] - first["unplanned"]["mean"]
     assert first["planning_gain"]["mean"] == pytest.approx(gain)
