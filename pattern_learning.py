@@ -34,7 +34,7 @@ from storygen.memory import Shape, free_memory, halve_until_it_fits, keep_freed_
 from storygen.pattern import Pattern, add_pattern_tokens, context_length
 from storygen.processes import add, add_gradients, deal, gather, join, share
 from storygen.sampler import sample
-from storygen.tracking import Log, progress, show_sample
+from storygen.tracking import Log, TrackerName, Trackers, progress, show_sample
 
 ROOT = Path(__file__).resolve().parent
 
@@ -88,6 +88,8 @@ class Args:
     """Steps between checkpoints to resume from."""
     seed: int = 0
     """Seed of the data order, of the examples drawn and of the validation samples."""
+    track: tuple[TrackerName, ...] = ("auto",)
+    """Where the metrics go beside metrics.jsonl. auto: TensorBoard (OUT/tensorboard) where it is installed."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
@@ -239,8 +241,8 @@ def main(args: Args) -> None:
     if args.steps < 1 or args.batch_tokens < 1 or args.micro_tokens < 1 or args.eval_every < 1 or args.rows < 1:
         raise InputError("--steps, --batch-tokens, --micro-tokens, --rows and --eval-every must be at least 1")
     dtype = pick_dtype(args.precision, device)
-    config = as_json(args)
-    print(json.dumps(config))
+    print(json.dumps(as_json(args)))
+    config = {name: value for name, value in as_json(args).items() if name != "track"}
 
     free = free_memory(device)  # before the model takes its part of it
     model, tokenizer = load_model(args.model, device, args.revision, dtype)
@@ -295,6 +297,7 @@ def main(args: Args) -> None:
         state = {"step": 0, "best_loss": math.inf, "log_size": 0, **sizes}
     args.rows, args.micro_tokens = state["rows"], state["micro_tokens"]
     if chief:
+        trackers = Trackers(args.track, args.out, config, state["step"])
         write_atomically(args.out / "run.json", json.dumps(config, indent=1))
         log = Log(args.out / "metrics.jsonl", state["log_size"])
     interrupt = Interrupt()
@@ -360,6 +363,7 @@ def main(args: Args) -> None:
                 row |= last
             if chief:
                 log.write(row)
+                trackers.log(row)
             bar.update()
             bar.set_postfix(
                 loss=f"{row['loss']:.3f}", val=f"{last['val_loss']:.3f}", well_formed=f"{last['well_formed']:.2f}",
@@ -379,6 +383,7 @@ def main(args: Args) -> None:
 
     if not chief:
         return
+    trackers.finish()
     for file in best_folder.iterdir():
         file.replace(args.out / file.name)
     best_folder.rmdir()

@@ -50,7 +50,7 @@ from storygen.processes import add, add_gradients, gather, join, share
 from storygen.report import write_report
 from storygen.rollout import Rollout, rollout, rollout_logps
 from storygen.textstats import words
-from storygen.tracking import Log, alarms, describe, progress, sample_rows, show_sample
+from storygen.tracking import Log, TrackerName, Trackers, alarms, describe, progress, sample_rows, show_sample
 
 
 @dataclass
@@ -121,6 +121,8 @@ class Args:
     """Checkpoints kept."""
     show_every: int = 10
     """Steps between sample stories shown in the terminal."""
+    track: tuple[TrackerName, ...] = ("auto",)
+    """Where the metrics go beside metrics.jsonl. auto: TensorBoard (OUT/tensorboard) where it is installed."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
@@ -358,7 +360,9 @@ def main(args: Args) -> None:
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=args.adam_eps, weight_decay=args.weight_decay, fused=True
     )
     # What makes a run another run. A resumed one may have more steps, or stand elsewhere.
-    config = {k: v for k, v in as_json(args).items() if k not in ("steps", "resume", "out", "device", "data", "model")}
+    config = {
+        k: v for k, v in as_json(args).items() if k not in ("steps", "resume", "out", "device", "data", "model", "track")
+    }
     config |= {"model_sha256": weights_sha256(args.model), "data": manifest["hashes"]}
     lock = claim(args.out) if chief else None  # noqa: F841  held until the process ends
     state = load_state(states, model, optimizer) if args.resume else None
@@ -383,6 +387,7 @@ def main(args: Args) -> None:
     print(json.dumps(as_json(args)))
     print(f"reward {args.reward.effective()}")
     if chief:
+        trackers = Trackers(args.track, args.out, run_facts, state["step"])
         write_atomically(args.out / "run.json", json.dumps(run_facts, indent=1))
         metrics = Log(args.out / "metrics.jsonl", state["metrics_size"])
         samples_log = Log(args.out / "samples.jsonl", state["samples_size"])
@@ -435,6 +440,7 @@ def main(args: Args) -> None:
         print("before the first update: " + ", ".join(f"{name} {value:.1e}" for name, value in checks.items()))
         if chief:
             metrics.write({"step": 0, **before, **checks})
+            trackers.log({"step": 0, **before, **checks})
         # The length target starts where the model is, and may rise to what the context holds beside prompt and outline.
         told = sum(len(words(s.think)) + len(words(s.story)) for s in samples)
         tokens_per_word = add(batch.response_tokens())[0] / max(1, told)
@@ -499,6 +505,7 @@ def main(args: Args) -> None:
                     tqdm.write("\n".join(f"warning: step {step}: {text}" for text in rings), file=sys.stderr)
             if chief:
                 metrics.write(row)
+                trackers.log(row)
                 samples_log.write(*sample_rows(step, "train", samples, scores, advantage.flatten().tolist()))
             if step % args.show_every == 0:
                 one = samples[0]
@@ -527,6 +534,7 @@ def main(args: Args) -> None:
 
     if not chief:
         return
+    trackers.finish()
     save_model(model, tokenizer, args.out / "final")
     report = write_report(args.out)
     print(f"{args.out}/final: held-out reward {state['eval_reward']:.3f}; report: {report}")

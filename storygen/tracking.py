@@ -1,4 +1,4 @@
-"""What a run leaves to be looked at: metrics.jsonl, samples.jsonl, a progress bar and, now and then, a story."""
+"""What a run leaves to be looked at: metrics.jsonl, samples.jsonl, trackers, a progress bar and, now and then, a story."""
 
 import json
 import os
@@ -7,11 +7,55 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
+from storygen.cli import InputError
 from storygen.textstats import words
+
+TrackerName = Literal["auto", "none", "tensorboard", "wandb", "trackio"]
+
+
+class Trackers:
+    """accelerate's trackers of a run, fed with the numbers that go into metrics.jsonl, under the same names."""
+
+    def __init__(self, wanted: Sequence[TrackerName], run: Path, config: dict[str, Any], done: int = 0):
+        """wanted: "auto" is TensorBoard where it is installed. done: steps of a run that is resumed; later ones are replaced.
+
+        Raises `InputError` for one that is not installed.
+        """
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+        here = {str(name) for name in get_available_trackers()}
+        names = set(wanted) - {"auto", "none"}
+        if "auto" in wanted and "tensorboard" in here:
+            names.add("tensorboard")
+        self.trackers = []
+        for name in sorted(names):
+            if name not in here:
+                raise InputError(f"--track {name}: {name} is not installed: pip install {name}, or give --track none")
+            if name == "tensorboard":
+                tracker = LOGGER_TYPE_TO_CLASS[name](name, run, purge_step=done + 1, filename_suffix=f".after_{done}")
+            else:
+                tracker = LOGGER_TYPE_TO_CLASS[name]("story-gen", name=run.resolve().name)
+            tracker.start()
+            if name == "tensorboard":  # its own way makes another run of every configuration
+                tracker.log({"config": f"    {json.dumps(config, indent=1)}".replace("\n", "\n    ")}, step=done)
+            else:
+                tracker.store_init_configuration(config)
+            self.trackers.append(tracker)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """A row of metrics.jsonl: what are numbers in it, at its `step`."""
+        numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
+        for tracker in self.trackers:
+            tracker.log(numbers, step=row["step"])
+
+    def finish(self) -> None:
+        for tracker in self.trackers:
+            tracker.finish()
 
 
 class Log:
