@@ -3,10 +3,10 @@
 import json
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from storygen.bertscore import backend, fingerprint
 from storygen.cli import InputError
+from storygen.workers import batches
 
 BATCH = 512
 MOST_PIECES = 500_000  # whose ids are remembered: 0.2 GB
@@ -81,7 +82,7 @@ def build_idf(tokenizer, texts: Iterable[str], progress_total: int | None = None
     df = np.zeros(vocabulary, dtype=np.int64)
     documents = 0
     with tqdm(total=progress_total, desc="idf", unit=" texts", disable=progress_total is None) as bar:
-        for batch in batches(texts):
+        for batch in batches(texts, BATCH):
             df += count(batch)
             documents += len(batch)
             bar.update(len(batch))
@@ -147,9 +148,7 @@ class Pieces(dict[str, int]):
 
     def encode_fresh(self) -> None:
         """Many pieces in one call, a mark behind each of them: a call of its own costs more than a piece's encoding."""
-        texts = [
-            "".join(f"{piece} {self.mark} " for piece in self.fresh[i : i + BATCH]) for i in range(0, len(self.fresh), BATCH)
-        ]
+        texts = ["".join(f"{piece} {self.mark} " for piece in group) for group in batches(self.fresh, BATCH)]
         coded = self.tokens.encode_batch_fast(texts, add_special_tokens=False)
         ids = np.array(list(chain.from_iterable(one.ids for one in coded)), dtype=np.int64)
         marks = np.flatnonzero(ids == self.tokens.token_to_id(self.mark))
@@ -157,9 +156,3 @@ class Pieces(dict[str, int]):
         self.starts = np.concatenate([self.starts, self.starts[-1] + ends])
         self.ids = np.concatenate([self.ids, np.delete(ids, marks)])
         self.fresh = []
-
-
-def batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    stream = iter(texts)
-    while batch := list(islice(stream, BATCH)):
-        yield batch

@@ -15,27 +15,26 @@ BATCH = 512
 AT_HOME = 4
 
 
+def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` items, the last one of what is left."""
+    stream = iter(items)
+    while batch := list(islice(stream, size)):
+        yield batch
+
+
 def in_processes(work: Callable[[list[Item]], Result], items: Iterable[Item], batch: int = BATCH) -> Iterator[Result]:
     """`work` on every batch of `items`, which are taken in this process and no faster than they are worked on.
 
     work: a function at the top of a module, and what it returns can be pickled. An error in it is raised here.
     """
-    stream = iter(items)
-    cores = cpu_count()
-    for _ in range(AT_HOME):
-        if not (first := list(islice(stream, batch))):
-            return
-        yield work(first)
-    if cores == 1:
-        while more := list(islice(stream, batch)):
-            yield work(more)
-        return
+    groups, cores = batches(items, batch), cpu_count()
+    yield from map(work, groups if cores == 1 else islice(groups, AT_HOME))
     # A signal from the keyboard goes to all; it is for the parent to answer. Without a parent they end after `timeout` seconds.
     pool = ProcessPoolExecutor(cores, timeout=60, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     try:
         waiting = deque()
-        while more := list(islice(stream, batch)):
-            waiting.append(pool.submit(work, more))
+        for group in groups:
+            waiting.append(pool.submit(work, group))
             if len(waiting) > 2 * cores:
                 yield waiting.popleft().result()
         while waiting:
