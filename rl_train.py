@@ -73,7 +73,7 @@ class Args:
     k: int | None = None
     """K, samples of each prompt. Default by preset."""
     advantage: Advantage = "loo"
-    """loo: against the prompt's other samples; group: GRPO; batch; raw: the reward itself; decoupled: GDPO. See storygen/ppo.py."""
+    """loo: against the prompt's other samples; group: GRPO; raw: the reward itself; decoupled: GDPO. See storygen/ppo.py."""
     temperature: float = 1.0
     """Divides the logits in sampling, policy and reference alike."""
     max_new_tokens: int | None = None
@@ -323,7 +323,7 @@ def main(args: Args) -> None:
     ):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if args.advantage in ("loo", "group", "decoupled") and args.k < 2:
+    if args.advantage != "raw" and args.k < 2:
         raise InputError(
             f"--advantage {args.advantage} compares samples of one prompt: --k must be at least 2, not {args.k}"
         )

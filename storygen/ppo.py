@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-Advantage = Literal["loo", "group", "batch", "raw", "decoupled"]
+Advantage = Literal["loo", "group", "raw", "decoupled"]
 
 
 def advantages(
@@ -22,7 +22,6 @@ def advantages(
 
     loo    reward minus the mean of the prompt's other samples (RLOO, arXiv 2402.14740), over one scale for the whole batch
     group  reward minus the prompt's mean, over the prompt's own deviation (GRPO, arXiv 2402.03300)
-    batch  reward minus the batch's mean, over the batch's deviation
     raw    the reward itself
     decoupled  GDPO (arXiv 2601.05242): every part of the reward over the prompt's mean and own deviation, the sum of them by
            `weights` (parts,) over the batch's mean and deviation; `by_part` (parts, prompts, samples) holds what a sample
@@ -35,13 +34,12 @@ def advantages(
     samples = rewards.shape[1]
     if mode == "raw":
         return rewards
-    if mode == "batch":
-        return ((rewards - rewards.mean()) / (rewards.std() + 1e-4)).clamp(-limit, limit)
     if samples < 2:
         raise ValueError(f"advantage {mode} compares samples of one prompt: it needs at least 2, not {samples}")
     if mode == "decoupled":
         normal = (by_part - by_part.mean(2, keepdim=True)) / (by_part.std(2, keepdim=True) + 1e-4)
-        return advantages(torch.einsum("w,wps->ps", weights, normal), "batch", limit=limit)
+        total = torch.einsum("w,wps->ps", weights, normal)
+        return ((total - total.mean()) / (total.std() + 1e-4)).clamp(-limit, limit)
     centred = rewards - rewards.mean(1, keepdim=True)
     if mode == "group":
         return (centred / (rewards.std(1, keepdim=True) + 1e-4)).clamp(-limit, limit)
