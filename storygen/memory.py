@@ -117,7 +117,7 @@ def plan(
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep large blocks that were freed, for the next ones, where it would give each back and be given it anew, page by page.
+    """Let glibc keep large blocks that were freed for the next ones, not give each back and be given it anew, page by page.
 
     A tenth of an update on a processor. Without effect where the C library is another.
     """
