@@ -1,11 +1,30 @@
 """GPT-2's forward pass over a preallocated KV cache, and the draw of a token from its logits."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import GPT2LMHeadModel
 
 BLOCK = 128  # tokens of the vocabulary that are summed at once in a draw
+
+
+def linear(weight: torch.Tensor, bias: torch.Tensor | None, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """x (n, in) -> x @ weight + bias, for weight (in, out) in the same dtype, with n up to about `rows`.
+
+    On a processor the weight is laid out once as oneDNN's kernels read it, as torch's compiler does for a frozen model. A plain
+    product of a few rows spends most of its time on doing that anew in every call, and in fp32 it is another library's.
+    """
+    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and _onednn_multiplies(weight.dtype):
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), rows)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    weight = weight.contiguous()
+    return (lambda x: x @ weight) if bias is None else (lambda x: torch.addmm(bias, x, weight))
+
+
+def _onednn_multiplies(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Decoder:
@@ -19,15 +38,25 @@ class Decoder:
         def to(module) -> tuple[torch.Tensor, torch.Tensor]:
             return module.weight.detach().to(dtype), module.bias.detach().to(dtype)
 
+        def product(module) -> Callable[[torch.Tensor], torch.Tensor]:
+            return linear(*to(module), slots)
+
         self.blocks = [
-            (to(b.ln_1), to(b.attn.c_attn), to(b.attn.c_proj), to(b.ln_2), to(b.mlp.c_fc), to(b.mlp.c_proj))
+            (
+                to(b.ln_1),
+                product(b.attn.c_attn),
+                product(b.attn.c_proj),
+                to(b.ln_2),
+                product(b.mlp.c_fc),
+                product(b.mlp.c_proj),
+            )
             for b in model.transformer.h
         ]
         self.final_norm = to(model.transformer.ln_f)
         self.tokens = model.transformer.wte.weight.detach().to(dtype)
         self.positions = model.transformer.wpe.weight.detach().to(dtype)
-        # A transposed copy: at a few rows the product is bound by memory, and this order reads it in one sweep.
-        self.head = model.lm_head.weight.detach()[:vocabulary].to(dtype).t().contiguous()
+        table = model.lm_head.weight.detach()[:vocabulary].to(dtype)
+        self.vocabulary, self.head = len(table), linear(table.t(), None, slots)
         self.on_cpu = model.device.type == "cpu"
         shape = (slots, self.heads, length, config.n_embd // self.heads)
         self.keys = [self._cache(shape, dtype, model.device, keys=True) for _ in self.blocks]
@@ -51,11 +80,11 @@ class Decoder:
         rows, time, width = x.shape
         for layer, (norm_1, qkv, out, norm_2, up, down) in enumerate(self.blocks):
             states = self._norm(x, norm_1).view(-1, width)
-            q, k, v = torch.addmm(qkv[1], states, qkv[0]).view(rows, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            q, k, v = qkv(states).view(rows, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
             mixed = attend(layer, q, k, v).transpose(1, 2).reshape(-1, width)
-            x = x + torch.addmm(out[1], mixed, out[0]).view_as(x)
-            states = self.activation(torch.addmm(up[1], self._norm(x, norm_2).view(-1, width), up[0]))
-            x = x + torch.addmm(down[1], states, down[0]).view_as(x)
+            x = x + out(mixed).view_as(x)
+            states = self.activation(up(self._norm(x, norm_2).view(-1, width)))
+            x = x + down(states).view_as(x)
         return self._norm(x, self.final_norm)
 
     def prefill(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -69,7 +98,7 @@ class Decoder:
 
         x = self.tokens[torch.tensor(ids, device=self.tokens.device)] + self.positions[: len(ids)]
         x = self._blocks(x[None], attend)
-        return (x[0, -1] @ self.head).float(), torch.stack(keys), torch.stack(values)
+        return self.head(x[0, -1:])[0].float(), torch.stack(keys), torch.stack(values)
 
     def place(self, slots: list[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         """A prefill's keys and values into the start of each of `slots`."""
@@ -106,7 +135,7 @@ class Decoder:
             return self._attend(q, self.keys[layer][:n, :, :longest], self.values[layer][:n, :, :longest], mask)
 
         x = self.tokens[tokens] + self.positions[positions]
-        return (self._blocks(x[:, None], attend)[:, 0] @ self.head).float()
+        return self.head(self._blocks(x[:, None], attend)[:, 0]).float()
 
 
 def draw(

@@ -90,7 +90,7 @@ def sample(
     jobs: list[tuple[int, int]] = []  # of the active slots, 0 … n-1
     streams: list[np.ndarray] = []
     drawn: list[Completion] = []
-    logits = torch.empty(0, decoder.head.shape[1], device=model.device)
+    logits = torch.empty(0, decoder.vocabulary, device=model.device)
     while waiting or jobs:
         fresh = []
         while waiting and len(jobs) < slots:
