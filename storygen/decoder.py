@@ -116,10 +116,10 @@ class Decoder:
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         # The processor's fused kernel is made for many queries: with one it is 3 times slower than two plain products in fp32,
         # and in bf16 5 times. A product of one row runs at the speed of memory where the other factor's rows are long.
-        rows, heads, time, width = keys.shape
-        scaled = (q.float() * width**-0.5).view(rows * heads, 1, width)
-        weights = torch.bmm(scaled, keys.transpose(2, 3).flatten(0, 1)).view(rows, heads, 1, time).add_(mask).softmax(-1)
-        return torch.bmm(weights.view(rows * heads, 1, time), values.flatten(0, 1)).view_as(q).to(q.dtype)
+        rows, heads, _, width = keys.shape
+        queries, keys, values = q.float().reshape(rows * heads, 1, width), keys.flatten(0, 1), values.flatten(0, 1)
+        weights = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=width**-0.5).softmax(-1)
+        return torch.bmm(weights, values).view_as(q).to(q.dtype)
 
     def step(self, tokens: torch.Tensor, positions: torch.Tensor, longest: int) -> torch.Tensor:
         """One token for each of the first n slots, at its own position: logits (n, vocabulary). `longest` = max position + 1."""
@@ -128,6 +128,8 @@ class Decoder:
         slots = torch.arange(n, device=device)
         mask = torch.zeros(n, 1, 1, longest, dtype=self.keys[0].dtype, device=device)
         mask.masked_fill_((torch.arange(longest, device=device) > positions[:, None])[:, None, None], -torch.inf)
+        if self.on_cpu:
+            mask = mask[:, 0].repeat_interleave(self.heads, 0)  # (rows x heads, 1, longest), as _attend adds it
 
         def attend(layer, q, k, v):
             for cache, new in ((self.keys[layer], k), (self.values[layer], v)):
@@ -150,9 +152,11 @@ def draw(
         # The nucleus (Holtzman et al., arXiv 1904.09751) holds the token that crosses top_p.
         ordered = ordered.masked_fill(mass - ordered.exp() >= top_p, -torch.inf)
         logits = torch.empty_like(logits).scatter_(-1, index, ordered)
-    shifted = logits - logits.amax(-1, keepdim=True)
+    top = logits.amax(-1, keepdim=True)
+    weights = (logits - top).exp_()
     # In two steps, which block and where in it: a running sum over the whole vocabulary adds one number at a time.
-    weights = F.pad(shifted.exp(), (0, -logits.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    missing = -logits.shape[-1] % BLOCK
+    weights = (F.pad(weights, (0, missing)) if missing else weights).unflatten(-1, (-1, BLOCK))
     upto = weights.sum(-1).cumsum(-1)
     target = uniforms[:, None] * upto[:, -1:]
     # right=True: the first entry above the draw, which a token of probability zero never is.
@@ -162,4 +166,4 @@ def draw(
     # Rounding must not carry the draw out of the block.
     rest = torch.minimum((target - before).clamp_(min=0), inside[:, -1:] * (1 - 2**-23))
     chosen = block * BLOCK + torch.searchsorted(inside, rest, right=True)
-    return chosen[:, 0], (shifted.gather(-1, chosen) - upto[:, -1:].log())[:, 0]
+    return chosen[:, 0], (logits.gather(-1, chosen) - top - upto[:, -1:].log())[:, 0]
