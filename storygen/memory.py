@@ -92,7 +92,7 @@ def plan(
     cell = 2 * shape.layers * shape.width * (4 if on_cpu else half)  # keys and values of a token; a processor's are fp32
 
     def held(rows: int, micro_tokens: int) -> Plan:
-        copies = half * (shape.parameters + shape.vocabulary * shape.width)  # the sampler's weights and its transposed head
+        copies = half * (shape.parameters + shape.vocabulary * shape.width)  # the sampler's weights and its own head
         sampling = copies + rows * (shape.context * cell + 16 * shape.vocabulary)
         casts = half * shape.parameters if half == 2 else 0
         chunk = min(LOGITS_CHUNK, micro_tokens) * shape.vocabulary * (12 + half)
