@@ -67,14 +67,13 @@ def random_gpt2(tokenizer_folder: Path) -> tuple[GPT2LMHeadModel, Pattern]:
     add_pattern_tokens(model, tokenizer)
     pattern = Pattern(tokenizer)
     with torch.no_grad():
-        # A direction that the final norm's bias adds to every state, and that the end token's row alone points along.
-        along = torch.zeros(model.config.n_embd)
-        along[0] = 1.0
-        model.transformer.wte.weight[:, 0] = 0.0
-        model.transformer.ln_f.bias.add_(along)
+        # The final norm makes 1 of every state's first component, which the end token's row alone reads.
+        norm, rows = model.transformer.ln_f, model.transformer.wte.weight
+        norm.weight[0], norm.bias[0], rows[:, 0] = 0.0, 1.0, 0.0
         states = model.transformer(torch.arange(200)[None]).last_hidden_state[0]
-        others = (states @ model.transformer.wte.weight.T)[:, : pattern.size].logsumexp(-1).mean()
-        model.transformer.wte.weight[pattern.eos_id] = (others - math.log(MEAN_LENGTH - 1)) * along / states[:, 0].mean()
+        others = (states @ rows.T)[:, : pattern.size].logsumexp(-1).mean()
+        rows[pattern.eos_id] = 0.0
+        rows[pattern.eos_id, 0] = others - math.log(MEAN_LENGTH - 1)
     return model, pattern
 
 
