@@ -29,7 +29,7 @@ from storygen.batching import token_budget_batches
 from storygen.checkpoint import Interrupt, load_model, load_state, save_model, save_state
 from storygen.cli import InputError, as_json, claim, fill, pick_device, run, write_atomically
 from storygen.corpus import load_manifest, load_sft
-from storygen.logprobs import Precision, pick_dtype, response_logps
+from storygen.logprobs import Precision, cast_once, pick_dtype, response_logps
 from storygen.memory import Shape, free_memory, halve_until_it_fits, keep_freed_memory, plan
 from storygen.pattern import Pattern, add_pattern_tokens, context_length
 from storygen.processes import add, add_gradients, deal, gather, join, share
@@ -197,6 +197,7 @@ def over_micro_batches(
     mine = deal(sorted(rows, key=lambda row: -len(row.ids)))  # of rows of like length each process gets some
     lengths = [len(row.ids) for row in mine]
 
+    @cast_once()
     def sums(micro_tokens: int) -> tuple[float, float]:
         begin()
         done = [work([mine[i] for i in micro]) for micro in token_budget_batches(lengths, micro_tokens)]

@@ -42,7 +42,7 @@ from storygen.checkpoint import (
 )
 from storygen.cli import InputError, as_json, claim, fill, pick_device, run, write_atomically
 from storygen.corpus import load_manifest, load_prompts
-from storygen.logprobs import Precision, check_forward, pick_dtype, response_logps
+from storygen.logprobs import Precision, cast_once, check_forward, pick_dtype, response_logps
 from storygen.memory import Shape, free_memory, halve_until_it_fits, keep_freed_memory, plan
 from storygen.pattern import Pattern, context_length
 from storygen.ppo import Advantage, adapt_beta, advantages, next_length_target, policy_loss
@@ -180,6 +180,7 @@ def learn(
     def logps_under(policy, members: list[int]) -> list[torch.Tensor]:
         return fitting(lambda size: rollout_logps(policy, pattern, batch, micro_batches(members, size), **law))
 
+    @cast_once()
     def gradient(members: list[int], tokens: float, on_policy: bool, micro_tokens: int) -> dict[str, float]:
         """Add up a minibatch's gradient. Returns sums over its tokens; of `on_policy` members the old log-probabilities too."""
         optimizer.zero_grad()
@@ -342,7 +343,6 @@ def main(args: Args) -> None:
 
     model, tokenizer = load_model(args.model, device, dtype=dtype)
     reference, _ = load_model(args.model, device, dtype=dtype)
-    reference.requires_grad_(False)
     pattern = Pattern(tokenizer)
     context = context_length(model)
     reward = Reward.load(args.data, args.reward, device, dtype)

@@ -66,7 +66,6 @@ class Ours:
         self.args, self.pattern, self.dtype = args, pattern, dtype
         self.model, _ = load_model(args.model, "cpu", dtype=dtype)
         self.reference, _ = load_model(args.model, "cpu", dtype=dtype)
-        self.reference.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=args.adam_eps, weight_decay=0.0, fused=True
         )
@@ -96,7 +95,8 @@ class Ours:
 
 def compare(args: Args, lengths: str, sides: tuple[str, ...] = ("ours", "trl")) -> dict[str, list[dict[str, float]]]:
     """Figures of every step of each side, the first left out."""
-    reward, steps = Reward.load(args.data), args.steps + 1
+    dtype, steps = pick_dtype("auto", "cpu"), args.steps + 1
+    reward = Reward.load(args.data, dtype=dtype)  # as rl_train does
     model, tokenizer = load_model(args.model, "cpu")
     pattern = Pattern(tokenizer)
     prompts = [p for p in load_prompts(args.data, "train") if len(pattern.prefix(p)) <= 64][: steps * args.prompts]
@@ -115,7 +115,6 @@ def compare(args: Args, lengths: str, sides: tuple[str, ...] = ("ours", "trl")) 
     settings = rl_train.Args(
         model=args.model, prompts=args.prompts, k=args.k, lr=recipe.lr, micro_tokens=recipe.micro_tokens, max_new_tokens=most
     )
-    dtype = pick_dtype("auto", "cpu")
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     mine = Ours(settings, pattern, dtype) if "ours" in sides else None
 

@@ -28,6 +28,15 @@ def autocast(device: str | torch.device, dtype: torch.dtype) -> AbstractContextM
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
+def cast_once() -> torch.autocast:
+    """Around a function of passes between two updates, all with gradients or all without: a weight is cast in the first, not in each.
+
+    PyTorch keeps the casts of weights that may have gradients until the outermost autocast context ends, on whatever device, and
+    be it switched off.
+    """
+    return torch.autocast("cpu", enabled=False)
+
+
 class _TokenLogps(torch.autograd.Function):
     """Log-probabilities (tokens,) of `targets` under softmax(hidden @ table.T / temperature), products in `dtype`.
 

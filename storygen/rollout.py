@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from storygen.logprobs import response_logps
+from storygen.logprobs import cast_once, response_logps
 from storygen.pattern import Parsed, Pattern, context_length
 from storygen.sampler import sample
 
@@ -69,6 +69,7 @@ def rollout(
 
 
 @torch.no_grad()
+@cast_once()
 def rollout_logps(
     model: PreTrainedModel,
     pattern: Pattern,

@@ -27,14 +27,14 @@ def batch(tiny):
     return rollout(model, pattern, PROMPTS, 2, seed=3, temperature=1.0, dtype=torch.float32, max_new_tokens=40)
 
 
-def updated(tiny, batch, advantages=ADVANTAGES, beta=0.0, **settings):
+def updated(tiny, batch, advantages=ADVANTAGES, beta=0.0, dtype=torch.float32, **settings):
     """Weights after `learn` by plain gradient descent, from the fixture's model as policy and reference; its metrics."""
     model, _, pattern = tiny
     policy = copy.deepcopy(model)
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     args = dataclasses.replace(ARGS, **settings)
     by_prompt = torch.tensor(advantages).view(4, 2)
-    stats = learn(policy, model, optimizer, batch, by_prompt, range(4), beta, 1, args, pattern, torch.float32)
+    stats = learn(policy, model, optimizer, batch, by_prompt, range(4), beta, 1, args, pattern, dtype)
     return flat(policy), stats
 
 
@@ -65,6 +65,18 @@ def test_micro_batches_do_not_change_the_step(tiny, batch, micro_tokens):
     split, others = updated(tiny, batch, beta=0.1, micro_tokens=micro_tokens)
     assert torch.allclose(whole, split, atol=1e-5)
     assert others == pytest.approx(stats, abs=1e-4)
+
+
+def test_weights_cast_once_a_minibatch_take_the_same_steps_in_bf16(tiny, monkeypatch):
+    """A cast that outlived an update, or that a pass without gradients had left behind, would change or stop them."""
+    model, _, pattern = tiny
+    drawn = rollout(model, pattern, PROMPTS, 2, seed=3, temperature=1.0, dtype=torch.bfloat16, max_new_tokens=40)
+    settings = {"lr": 1.0, "minibatches": 2, "epochs": 2, "micro_tokens": 60, "dtype": torch.bfloat16}
+    once, stats = updated(tiny, drawn, **settings)
+    monkeypatch.setattr(rl_train, "cast_once", lambda: lambda function: function)
+    anew, _ = updated(tiny, drawn, **settings)
+    assert stats["policy/updates"] == 4
+    assert torch.equal(once, anew) and not torch.equal(once, flat(model))
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tiny, batch):
