@@ -106,8 +106,8 @@ class Recipe:
 
 
 RECIPES = {
-    ("demo", "oneshot"): Recipe(steps=100, lr=5e-4, batch_tokens=4096, micro_tokens=1024, eval_every=50),
-    ("demo", "zeroshot"): Recipe(steps=240, lr=5e-4, batch_tokens=4096, micro_tokens=1024, eval_every=80),
+    ("demo", "oneshot"): Recipe(steps=100, lr=5e-4, batch_tokens=4096, micro_tokens=1536, eval_every=50),
+    ("demo", "zeroshot"): Recipe(steps=240, lr=5e-4, batch_tokens=4096, micro_tokens=1536, eval_every=80),
     # About three epochs of the 1.97K rows in each mode, at the usual fine-tuning rate of GPT-2 124M.
     ("gpt2", "oneshot"): Recipe(steps=400, lr=5e-5, batch_tokens=16384, micro_tokens=8192, eval_every=50),
     ("gpt2", "zeroshot"): Recipe(steps=300, lr=5e-5, batch_tokens=16384, micro_tokens=8192, eval_every=50),

@@ -27,7 +27,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from storygen.batching import token_budget_batches
 from storygen.checkpoint import load_model
 from storygen.corpus import load_sft
-from storygen.logprobs import pick_dtype, response_logps
+from storygen.logprobs import cast_once, pick_dtype, response_logps
 from storygen.memory import keep_freed_memory
 from storygen.pattern import Pattern, context_length
 
@@ -43,7 +43,7 @@ class Args:
     steps: int = 10
     rounds: int = 3
     lr: float = 1e-4
-    micro_tokens: int = 1024
+    micro_tokens: int = 1536
     """Tokens of one of our forward and backward passes, padding included."""
     quick: bool = False
     """3 steps of 6 rows, one round."""
@@ -68,11 +68,12 @@ def ours(args: Args, batches: list[Batch], dtype: torch.dtype) -> tuple[float, l
     for batch in batches:
         count = sum(len(ids) - start for ids, start in batch)
         loss = 0.0
-        for micro in token_budget_batches([len(ids) for ids, _ in batch], args.micro_tokens):
-            rows, starts = [batch[i][0] for i in micro], [batch[i][1] for i in micro]
-            part = -response_logps(model, rows, starts, tokenizer.pad_token_id, dtype=dtype).sum() / count
-            part.backward()
-            loss += part.item()
+        with cast_once():
+            for micro in token_budget_batches([len(ids) for ids, _ in batch], args.micro_tokens):
+                rows, starts = [batch[i][0] for i in micro], [batch[i][1] for i in micro]
+                part = -response_logps(model, rows, starts, tokenizer.pad_token_id, dtype=dtype).sum() / count
+                part.backward()
+                loss += part.item()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

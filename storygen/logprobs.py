@@ -10,7 +10,7 @@ from storygen.batching import pad_right
 from storygen.cli import InputError
 
 Precision = Literal["auto", "fp32", "bf16"]
-LOGITS_CHUNK = 1024  # positions whose logits exist at once
+LOGITS_CHUNK = 1536  # positions whose logits exist at once
 
 
 def pick_dtype(precision: Precision, device: str | torch.device) -> torch.dtype:
@@ -55,7 +55,7 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden, targets, table, *kept = ctx.saved_tensors
-        softmax = kept[0].exp() if kept else _logits(hidden, table, ctx.temperature, ctx.dtype).softmax(-1)
+        softmax = kept[0].exp_() if kept else _logits(hidden, table, ctx.temperature, ctx.dtype).softmax(-1)
         grad = grad[:, None] / ctx.temperature
         # d logp_target / d logits = onehot(target) - softmax(logits)
         slope = softmax.mul_(-grad).scatter_add_(-1, targets[:, None], grad).to(ctx.dtype)

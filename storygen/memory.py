@@ -15,6 +15,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from storygen.attention import PLAIN
 from storygen.cli import InputError
 from storygen.logprobs import LOGITS_CHUNK
 
@@ -73,9 +74,9 @@ def activations(shape: Shape, tokens: int, longest: int, attention: str) -> int:
 
     A GPT-2 block keeps 16 values of the width a token in fp32 and not much fewer under autocast: inputs and outputs of two
     norms and of the residual sums, queries, keys and values, the attention's output, and twice the fourfold inner width.
-    Plain ("eager") attention also keeps the weights of every head.
+    Attention by plain products also keeps the weights of every head, in bf16.
     """
-    weights = 6 * shape.heads * longest if attention == "eager" else 0
+    weights = 2 * shape.heads * longest if attention == PLAIN else 0
     return tokens * shape.layers * (64 * shape.width + weights)
 
 

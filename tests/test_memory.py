@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from storygen.attention import PLAIN
 from storygen.cli import InputError
 from storygen.logprobs import response_logps
 from storygen.memory import MARGIN, Shape, activations, plan
@@ -16,8 +17,7 @@ GPT2 = Shape(parameters=124_439_808, vocabulary=50_304, layers=12, width=768, he
 LAW = {"rl": True, "dtype": torch.bfloat16, "on_cpu": False, "attention": "sdpa"}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention, dtype", [("sdpa", torch.float32), ("sdpa", torch.bfloat16), (PLAIN, torch.bfloat16)])
 def test_activations_are_what_a_forward_pass_keeps(attention, dtype):
     """Against the bytes that autograd really saves, for the layers alone: embeddings and head are the same in both models."""
     kept = []
