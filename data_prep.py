@@ -30,6 +30,7 @@ from storygen.cli import InputError, as_json, claim, file_sha256, fill, pick_dev
 from storygen.corpus import Columns, read_hub, read_rows
 from storygen.duplicates import text_key
 from storygen.idf import Idf, build_idf
+from storygen.memory import keep_freed_memory
 from storygen.outlines import Teacher, ask
 from storygen.rowstore import RowStore
 
@@ -105,6 +106,7 @@ PRESETS = {"demo": Recipe(source="corpus", outlines="corpus"), "gpt2": Recipe(so
 
 
 def main(args: Args) -> None:
+    keep_freed_memory()
     preset, why = choose_preset(args.preset)
     print(f"preset {preset}: {why}")
     fill(args, PRESETS[preset])
