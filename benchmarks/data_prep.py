@@ -142,7 +142,7 @@ def prepare(source: Path, outlines: Path, out: Path) -> tuple[Counter, int]:
             undo.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, clock.timed(getattr(owner, name), stage))
         if source == outlines:
-            data_prep.calibrate = lambda *_: SimpleNamespace(save=Path.touch)
+            data_prep.calibrate = lambda *_: SimpleNamespace(save=Path.touch, summary=str)
         undo.enter_context(contextlib.redirect_stdout(sys.stderr))
         data_prep.main(data_prep.Args(preset="demo", source=str(source), outlines=str(outlines), out=out, device="cpu"))
     return clock.seconds, json.loads((out / "manifest.json").read_text("utf-8"))["idf_documents"]
