@@ -29,7 +29,7 @@ from storygen.batching import token_budget_batches
 from storygen.checkpoint import Interrupt, load_model, load_state, save_model, save_state
 from storygen.cli import InputError, as_json, claim, fill, pick_device, run, write_atomically
 from storygen.corpus import load_manifest, load_sft
-from storygen.logprobs import Precision, cast_once, pick_dtype, response_logps
+from storygen.logprobs import Precision, cast_once, check_head, pick_dtype, response_logps
 from storygen.memory import Shape, free_memory, halve_until_it_fits, keep_freed_memory, plan
 from storygen.pattern import Pattern, add_pattern_tokens, context_length
 from storygen.processes import add, add_gradients, deal, gather, join, share
@@ -272,6 +272,7 @@ def main(args: Args) -> None:
         )
         if not rows[split]:
             raise InputError(f"{args.data} has no {split} row that fits a context of {context} tokens")
+    check_head(model, rows["train"][0].ids, pattern.pad_id)
     # Validation rows meet the same example, and drills are cut at the same place, at every validation: so losses compare.
     generator = np.random.default_rng(args.seed)
     drills = [drill(text, pattern, generator) for text in load_sft(args.data, "validation")]

@@ -42,7 +42,7 @@ from storygen.checkpoint import (
 )
 from storygen.cli import InputError, as_json, claim, fill, pick_device, run, write_atomically
 from storygen.corpus import load_manifest, load_prompts
-from storygen.logprobs import Precision, cast_once, check_forward, pick_dtype, response_logps
+from storygen.logprobs import Precision, cast_once, check_forward, check_head, pick_dtype, response_logps
 from storygen.memory import Shape, free_memory, halve_until_it_fits, keep_freed_memory, plan
 from storygen.pattern import Pattern, context_length
 from storygen.ppo import Advantage, adapt_beta, advantages, next_length_target, policy_loss
@@ -436,6 +436,7 @@ def main(args: Args) -> None:
 
     if state["step"] == 0:
         before, batch, samples = evaluate(0)
+        check_head(model, batch.rows[0], pattern.pad_id)
         checks = check_forward(model, reference, batch.rows[:8], batch.starts[:8], pattern.pad_id)
         print("before the first update: " + ", ".join(f"{name} {value:.1e}" for name, value in checks.items()))
         if chief:

@@ -101,6 +101,20 @@ def response_logps(
     return torch.cat([_TokenLogps.apply(*of, table, temperature, dtype, keep) for of in chunks])
 
 
+@torch.no_grad()
+def check_head(model: PreTrainedModel, ids: list[int], pad_id: int) -> None:
+    """Raises `InputError` where `response_logps` is not what the model's own logits say: some scale, cap or shift them."""
+    ids = ids[:64]
+    ours = response_logps(model, [ids], [1], pad_id)
+    own = model(torch.tensor([ids], device=model.device)).logits[0, :-1].float().log_softmax(-1)
+    gap = (ours - own.gather(1, torch.tensor(ids[1:], device=model.device)[:, None])[:, 0]).abs().max().item()
+    if not gap <= 1e-3:
+        raise InputError(
+            f"{type(model).__name__} does more to its logits than multiply by its output embeddings (log-probabilities differ by "
+            f"{gap:.1e}): take a model of another family"
+        )
+
+
 def check_forward(
     model: PreTrainedModel, reference: PreTrainedModel, rows: list[list[int]], starts: list[int], pad_id: int
 ) -> dict[str, float]:

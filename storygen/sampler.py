@@ -1,4 +1,4 @@
-"""Batched sampling from a GPT-2 with a preallocated KV cache.
+"""Batched sampling, from a GPT-2 with a preallocated KV cache; from any other causal model by `plain_sampler`.
 
 The K completions of a prompt share one prefill. A finished row leaves its slot at once and the next waiting completion takes
 it, so no forward pass is spent on a row that has ended; on a GPU, whose loop is in `gpu_sampler`, that is soon and not at
@@ -6,17 +6,20 @@ once. Every completion draws its tokens from a random stream of its own, keyed b
 does not depend on how many rows ran beside it, but for rounding.
 """
 
+import sys
 from collections import deque
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
+from storygen import gpu_sampler, plain_sampler
 from storygen.cli import InputError
 from storygen.decoder import Decoder, draw
-from storygen.gpu_sampler import sample_rows
+from storygen.pattern import context_length
 
 
 @dataclass
@@ -26,6 +29,19 @@ class Completion:
     ids: list[int]
     logps: list[float]
     finished: bool
+
+
+def is_fast(model: PreTrainedModel) -> bool:
+    """Whether the sampler has a forward pass of its own for this model: a GPT-2 that computes as OpenAI's do."""
+    config = model.config
+    return isinstance(model, GPT2LMHeadModel) and config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx
+
+
+@cache
+def say_slow(name: str) -> None:
+    tqdm.write(
+        f"note: {name} is sampled by transformers' own forward pass, several times slower than GPT-2", file=sys.stderr
+    )
 
 
 @torch.no_grad()
@@ -49,12 +65,9 @@ def sample(
 
     first: place of the first prefix among all that this seed samples, where several processes share them out.
     vocabulary: number of tokens; rows of the embedding matrix beyond it are its padding and never drawn. None: all rows.
-    Same seed, device and dtype: same tokens. Raises `InputError` for a prefix that fills the context and for architectures
-    other than GPT-2.
+    Same seed, device and dtype: same tokens. Raises `InputError` for a prefix that fills the context.
     """
-    if not isinstance(model, GPT2LMHeadModel):
-        raise InputError(f"sampling knows GPT-2 models, not {type(model).__name__}: give --model a GPT-2 folder")
-    context = model.config.n_positions
+    context = context_length(model)
     for prefix in prefixes:
         if len(prefix) >= context:
             raise InputError(
@@ -73,8 +86,11 @@ def sample(
     slots = min(max_rows, len(waiting))
     results: list[list[Completion | None]] = [[None] * num for _ in prefixes]
     bar = tqdm(total=len(waiting), unit="sample", desc="sampling", disable=None if progress else True, leave=False)
-    if model.device.type == "cuda" and waiting:
-        rows = sample_rows(
+    fast = is_fast(model)
+    if not fast:
+        say_slow(type(model).__name__)
+    if waiting and (not fast or model.device.type == "cuda"):
+        rows = (gpu_sampler if fast else plain_sampler).sample_rows(
             model, list(waiting), prefixes, [room(prefix) for prefix in prefixes], stream, slots=slots, eos_id=eos_id,
             vocabulary=vocabulary, temperature=temperature, top_p=top_p, dtype=dtype, bar=bar,
         )  # fmt: skip
