@@ -1,6 +1,7 @@
 """Write stories with any checkpoint of any stage.
 
-python generate.py "A lighthouse keeper finds a door in the sea."
+python generate.py "A lighthouse keeper finds a door in the sea."         # on a terminal, word by word
+python generate.py "A lighthouse keeper finds a door in the sea." --best-of 8 --outline "He opens it and finds his own kitchen."
 python generate.py --prompts prompts.txt --num 4 --jsonl > stories.jsonl
 echo "A dog learns to read." | python generate.py
 """
@@ -13,10 +14,11 @@ from typing import Annotated
 
 import tyro
 
+from reward import Reward, Sample
 from storygen.checkpoint import load_model
 from storygen.cli import InputError, pick_device, run
 from storygen.logprobs import best_dtype
-from storygen.pattern import Parsed, Pattern
+from storygen.pattern import Pattern, context_length, text_verdict
 from storygen.sampler import sample
 from storygen.tracking import show_sample
 
@@ -39,6 +41,14 @@ class Args:
     """Below 1 safer, above 1 wilder."""
     top_p: float = 1.0
     """Draw from the smallest set of tokens with this much probability; 1 draws from all."""
+    best_of: int = 1
+    """Stories written for each that is kept: the one of the highest reward, as measured with --data."""
+    outline: str | None = None
+    """Write to this plan, for every prompt, not to one of the model's own."""
+    more: Annotated[int, tyro.conf.arg(name="continue")] = 0
+    """Times that a story which fills the model's context is carried on, with its newest part in view and its plan."""
+    data: Path = Path("artifacts/data")
+    """Folder made by data_prep.py, for --best-of."""
     json: bool = False
     """Print one JSON array of rows instead of text."""
     jsonl: bool = False
@@ -78,37 +88,110 @@ def read_prompts(args: Args) -> list[str]:
     return prompts
 
 
-def write_stories(args: Args, prompts: list[str]) -> list[tuple[str, Parsed]]:
+def check(args: Args, prompts: list[str]) -> None:
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise InputError(f"prompt {number} is empty: say what the story should be about")
     if args.num < 1 or args.seed < 0 or args.temperature <= 0 or not 0 < args.top_p <= 1:
         raise InputError("--num must be at least 1, --seed at least 0, --temperature above 0 and --top-p in (0, 1]")
+    if args.best_of < 1 or args.more < 0:
+        raise InputError("--best-of must be at least 1 and --continue at least 0")
+    if args.outline is not None and text_verdict(args.outline, "A story.", True) != "ok":
+        raise InputError("--outline must hold some text, and none of the pattern's tags")
+
+
+class Live:
+    """Prints a story as its tokens come: the outline dimmed, the story plain."""
+
+    def __init__(self, pattern: Pattern, prompt: str, outline: str | None):
+        self.pattern, self.ids, self.shown = pattern, [], 0
+        self.say("\n  prompt\n    " + prompt.strip() + "\n\n  outline\n    \033[2m")
+        if outline is not None:
+            self.say("\n    ".join(outline.strip().splitlines()))
+            self.story_begins()
+
+    def say(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def story_begins(self) -> None:
+        self.ids, self.shown = [], 0
+        self.say("\033[0m\n\n  story\n    ")
+
+    def __call__(self, _prompt: int, _completion: int, token: int) -> None:
+        if token == self.pattern.story_id:
+            self.story_begins()
+        elif token == self.pattern.eos_id:
+            self.say("\033[0m\n\n")
+        else:
+            self.ids.append(token)
+            text = self.pattern.decode(self.ids).replace("\n", "\n    ")
+            if not text.endswith("\ufffd"):  # a character of which tokens are still to come
+                self.say(text[self.shown :])
+                self.shown = len(text)
+
+
+def write_stories(args: Args, prompts: list[str], live: bool) -> list[dict]:
+    """`args.num` rows {prompt, think, story, finished, verdict} for each prompt, and `reward` under --best-of."""
+    check(args, prompts)
     source = args.model or next((stage for stage in STAGES if Path(stage).is_dir()), None)
     if source is None:
         raise InputError(f"none of {', '.join(STAGES)} is here: run the stages first, or give --model")
     device = pick_device(args.device)
+    dtype = best_dtype(device)
     model, tokenizer = load_model(source, device)
-    pattern = Pattern(tokenizer)
-    drawn = sample(
-        model, [pattern.prefix(prompt) for prompt in prompts], args.num, eos_id=pattern.eos_id,
-        vocabulary=pattern.size, seed=args.seed, temperature=args.temperature, top_p=args.top_p, dtype=best_dtype(device),
-        progress=True,
-    )  # fmt: skip
-    return [(prompt, pattern.parse(c.ids)) for prompt, completions in zip(prompts, drawn) for c in completions]
+    pattern, context = Pattern(tokenizer), context_length(model)
+    reward = Reward.load(args.data, device=device, dtype=dtype) if args.best_of > 1 else None
+    begun = [] if args.outline is None else [*pattern.encode(args.outline)[1:], pattern.story_id]
+
+    def write(prefixes: list[list[int]], num: int, seed: tuple[int, ...]) -> list[list[int]]:
+        drawn = sample(
+            model, prefixes, num, eos_id=pattern.eos_id, vocabulary=pattern.size, seed=seed, temperature=args.temperature,
+            top_p=args.top_p, dtype=dtype, progress=not live, on_token=Live(pattern, prompts[0], args.outline) if live else None,
+        )  # fmt: skip
+        return [one.ids for completions in drawn for one in completions]
+
+    each = args.num * args.best_of
+    of_prompt = [prompt for prompt in prompts for _ in range(each)]
+    written = write([pattern.prefix(prompt) + begun for prompt in prompts], each, (args.seed,))
+    responses = [begun + ids for ids in written]
+    for window in range(1, args.more + 1):
+        # The plan, and of the story what fills half of the rest: the newest, from the beginning of a paragraph where one is there.
+        open_rows = [i for i, ids in enumerate(responses) if ids[-1] != pattern.eos_id and pattern.story_id in ids]
+        prefixes = []
+        for i in open_rows:
+            border = responses[i].index(pattern.story_id) + 1
+            head = pattern.prefix(of_prompt[i]) + responses[i][:border]
+            newest = responses[i][border:][-max(1, (context - len(head)) // 2) :]
+            prefixes.append(head + newest[pattern.paragraph(newest) :])
+        for i, ids in zip(open_rows, write(prefixes, 1, (args.seed, window)) if open_rows else [], strict=True):
+            responses[i] = responses[i] + ids
+    rows = [{"prompt": prompt, **vars(pattern.parse(ids))} for prompt, ids in zip(of_prompt, responses, strict=True)]
+    if reward is None:
+        return rows
+    scores = reward([Sample(**row) for row in rows], reward.calibration.quantile("story_words", 50))
+    rows = [row | {"reward": round(score.reward, 4)} for row, score in zip(rows, scores, strict=True)]
+    return [max(rows[i : i + args.best_of], key=lambda row: row["reward"]) for i in range(0, len(rows), args.best_of)]
 
 
 def main(args: Args) -> None:
-    stories = write_stories(args, read_prompts(args))
-    rows = [{"prompt": prompt, **vars(parsed)} for prompt, parsed in stories]
+    prompts = read_prompts(args)
+    one = len(prompts) * args.num * args.best_of == 1 and not args.more
+    live = one and sys.stdout.isatty() and not (args.json or args.jsonl)
+    rows = write_stories(args, prompts, live)
     if args.json:
         print(json.dumps(rows, ensure_ascii=False, indent=1))
     elif args.jsonl:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))
+    elif live:
+        if rows[0]["verdict"] != "ok":
+            print(f"\033[0m\n\n  malformed: {rows[0]['verdict']}")
     else:
-        for prompt, parsed in stories:
-            show_sample("" if parsed.verdict == "ok" else f"malformed: {parsed.verdict}", prompt, parsed.think, parsed.story)
+        for row in rows:
+            title = "" if row["verdict"] == "ok" else f"malformed: {row['verdict']}"
+            title += f"reward {row['reward']:.3f}" if "reward" in row and not title else ""
+            show_sample(title, row["prompt"], row["think"], row["story"])
 
 
 if __name__ == "__main__":

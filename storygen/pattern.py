@@ -166,6 +166,11 @@ class Pattern:
                 return ids, start
         return None
 
+    def paragraph(self, ids: list[int]) -> int:
+        """Where the first line of a section's ids begins, with its break and indent; 0 where none does."""
+        indent_id = self.tokenizer.convert_tokens_to_ids(INDENT)
+        return ids.index(indent_id) if indent_id in ids else 0
+
     def decode(self, ids: list[int]) -> str:
         """The text of one section, without its indent."""
         text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -30,6 +30,7 @@ def sample_rows(
     top_p: float,
     dtype: torch.dtype,
     bar: tqdm,
+    on_token: Callable[[int, int, int], None] | None = None,
 ) -> dict[tuple[int, int], tuple[list[int], list[float]]]:
     """(ids, logps) of every job (prompt, completion), at most `slots` at once; `rooms`: most tokens of each prompt's completions.
 
@@ -59,6 +60,8 @@ def sample_rows(
                     numbers = [stream[len(drawn[job][0])] for stream, job in zip(streams, rows, strict=True)]
                     tokens, logps = draw(logits, torch.tensor(numbers, device=model.device), temperature, top_p)
                     for job, token, logp in zip(rows, tokens.tolist(), logps.tolist(), strict=True):
+                        if on_token:
+                            on_token(*job, token)
                         drawn[job][0].append(token)
                         drawn[job][1].append(logp)
                     going = [

@@ -8,6 +8,7 @@ does not depend on how many rows ran beside it, but for rounding.
 
 import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -60,11 +61,13 @@ def sample(
     max_rows: int = 128,
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
+    on_token: Callable[[int, int, int], None] | None = None,
 ) -> list[list[Completion]]:
     """`num` completions of each prefix (token ids), up to `eos_id`, the context's end or `max_new_tokens`.
 
     first: place of the first prefix among all that this seed samples, where several processes share them out.
     vocabulary: number of tokens; rows of the embedding matrix beyond it are its padding and never drawn. None: all rows.
+    on_token(prompt, completion, token): called as each is drawn, at the slower sampler's pace on a GPU.
     Same seed, device and dtype: same tokens. Raises `InputError` for a prefix that fills the context.
     """
     context = context_length(model)
@@ -90,10 +93,12 @@ def sample(
     if not fast:
         say_slow(type(model).__name__)
     if waiting and (not fast or model.device.type == "cuda"):
-        rows = (gpu_sampler if fast else plain_sampler).sample_rows(
-            model, list(waiting), prefixes, [room(prefix) for prefix in prefixes], stream, slots=slots, eos_id=eos_id,
-            vocabulary=vocabulary, temperature=temperature, top_p=top_p, dtype=dtype, bar=bar,
-        )  # fmt: skip
+        law = {"eos_id": eos_id, "vocabulary": vocabulary, "temperature": temperature, "top_p": top_p, "dtype": dtype}
+        what = model, list(waiting), prefixes, [room(prefix) for prefix in prefixes], stream
+        if fast and on_token is None:
+            rows = gpu_sampler.sample_rows(*what, slots=slots, bar=bar, **law)
+        else:
+            rows = plain_sampler.sample_rows(*what, slots=slots, bar=bar, on_token=on_token, **law)
         bar.close()
         for (p, k), (ids, logps) in rows.items():
             results[p][k] = Completion(ids, logps, ids[-1] == eos_id)
@@ -124,7 +129,9 @@ def sample(
 
         uniforms = torch.tensor([s[len(c.ids)] for s, c in zip(streams, drawn)], device=model.device)
         tokens, logps = draw(logits, uniforms, temperature, top_p)
-        for completion, token, logp in zip(drawn, tokens.tolist(), logps.tolist()):
+        for (p, k), completion, token, logp in zip(jobs, drawn, tokens.tolist(), logps.tolist()):
+            if on_token:
+                on_token(p, k, token)
             completion.ids.append(token)
             completion.logps.append(logp)
             completion.finished = token == eos_id

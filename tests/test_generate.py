@@ -1,9 +1,17 @@
 import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from storygen.checkpoint import save_model
-from tests.conftest import tiny_gpt2
+from reward import Reward, Sample
+from storygen.checkpoint import load_model, save_model
+from storygen.logprobs import response_logps
+from storygen.pattern import Pattern
+from tests.conftest import ROOT, tiny_gpt2
 
 
 @pytest.fixture(scope="module")
@@ -11,6 +19,26 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     save_model(*tiny_gpt2(context=96), path / "tiny")
     return path / "tiny"
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    """A model that writes short rows of words of these three, well-formed as a rule."""
+    path = tmp_path_factory.mktemp("writer") / "model"
+    model, tokenizer = tiny_gpt2(context=96)
+    pattern = Pattern(tokenizer)
+    rows = [
+        pattern.row("A dog.", "A dog waits at the gate.", "The dog waited. Nobody came home."),
+        pattern.row("A dog.", "A dog finds a boat.", "It found a boat and rowed.\nThe sea was still — and grey."),
+        pattern.row("A dog.", "A dog runs and runs.", "It ran and ran and ran and ran and ran and ran."),
+    ]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(100):
+        (-response_logps(model, *map(list, zip(*rows, strict=True)), pattern.pad_id).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_model(model, tokenizer, path)
+    return path
 
 
 def test_rows_from_argument_file_and_standard_input_agree(script, folder, tmp_path):
@@ -35,6 +63,89 @@ def test_text_and_json_show_the_same_story(script, folder):
     assert row["verdict"] in text.stdout or row["verdict"] == "ok"
 
 
+def rows_of(done) -> list[dict]:
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+class ByLength:
+    """A reward whose highest story can be told by looking: the longer, the better."""
+
+    calibration = SimpleNamespace(quantile=lambda name, level: 100.0)
+
+    def __call__(self, samples: list[Sample], length_target: float) -> list[SimpleNamespace]:
+        return [SimpleNamespace(reward=float(len(sample.story))) for sample in samples]
+
+
+def test_best_of_keeps_the_story_of_the_highest_reward(script, writer, monkeypatch):
+    monkeypatch.setattr(Reward, "load", lambda *_, **__: ByLength())
+    law = ("A dog.", "--model", writer, "--temperature", 2, "--jsonl")
+    every = rows_of(script("generate.py", *law, "--num", 6))
+    kept = rows_of(script("generate.py", *law, "--num", 2, "--best-of", 3))
+    assert len({len(row["story"]) for row in every}) > 2
+    for row, first in zip(kept, (0, 3), strict=True):
+        best = max(every[first : first + 3], key=lambda one: len(one["story"]))
+        assert row == best | {"reward": len(best["story"])}
+
+
+def test_an_outline_that_is_given_is_the_plan_of_every_story(script, writer):
+    rows = rows_of(
+        script(
+            "generate.py",
+            "A dog.",
+            "--model",
+            writer,
+            "--outline",
+            "It flies.\nIt lands.",
+            "--num",
+            3,
+            "--temperature",
+            2,
+            "--jsonl",
+        )
+    )
+    assert {row["think"] for row in rows} == {"It flies.\nIt lands."}
+    assert len({row["story"] for row in rows}) > 1 and all(row["story"] for row in rows)
+
+
+def test_a_story_goes_on_past_the_context_in_windows(script, folder):
+    """The random model does not end its rows: every window adds what the context holds beside plan and newest part."""
+    pattern = Pattern(load_model(folder)[1])
+    lengths = []
+    for windows in range(3):
+        (row,) = rows_of(
+            script("generate.py", "A dog.", "--model", folder, "--outline", "It flies.", "--continue", windows, "--jsonl")
+        )
+        assert not row["finished"] and row["think"] == "It flies."
+        lengths.append(row["story"])
+    assert lengths[1].startswith(lengths[0]) and lengths[2].startswith(lengths[1])
+    head = len(pattern.prefix("A dog.")) + len(pattern.encode("It flies."))
+    tokens = [len(pattern.encode(story)) for story in lengths]
+    assert tokens[0] + 20 < tokens[1] and tokens[1] + 20 < tokens[2] and tokens[0] <= 96 - head + 4
+
+
+def test_a_terminal_shows_the_story_as_it_is_written_the_outline_dimmed(script, writer):
+    (row,) = rows_of(script("generate.py", "A dog.", "--model", writer, "--seed", 5, "--jsonl"))
+    ours, theirs = os.openpty()
+    command = [sys.executable, "generate.py", "A dog.", "--model", str(writer), "--seed", "5"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=theirs, stderr=subprocess.DEVNULL):
+        os.close(theirs)
+        shown = b""
+        while part := read(ours):
+            shown += part
+    shown = shown.decode().replace("\r\n", "\n")
+    outline, story = (row[key].replace("\n", "\n    ") for key in ("think", "story"))
+    assert row["verdict"] == "ok"
+    assert shown.strip() == f"prompt\n    A dog.\n\n  outline\n    \033[2m{outline}\033[0m\n\n  story\n    {story}\033[0m"
+
+
+def read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 1000)
+    except OSError:  # how a terminal says that the other side has gone
+        return b""
+
+
 @pytest.mark.parametrize(
     "arguments, stdin, says",
     [
@@ -48,6 +159,10 @@ def test_text_and_json_show_the_same_story(script, folder):
         (["x", "--model", "base_model"], b"", "pattern_learning.py"),
         (["x", "--model", "artifacts/nothing"], b"", "does not exist"),
         (["x", "--model", "MODEL", "--num", "0"], b"", "--num"),
+        (["x", "--model", "MODEL", "--best-of", "0"], b"", "--best-of"),
+        (["x", "--model", "MODEL", "--best-of", "2", "--data", "MISSING"], b"", "run data_prep.py first"),
+        (["x", "--model", "MODEL", "--outline", " "], b"", "--outline"),
+        (["x", "--model", "MODEL", "--outline", "a <story> b"], b"", "--outline"),
         (["x", "--model", "MODEL", "--device", "cuda"], b"", "no GPU"),
     ],
 )
