@@ -30,6 +30,7 @@ from storygen.corpus import load_prompts, load_sft
 from storygen.diversity import Copies, distinct, nearest, self_bleu
 from storygen.logprobs import best_dtype, response_logps
 from storygen.pattern import Pattern, context_length
+from storygen.report import write_comparison
 from storygen.rollout import rollout
 from storygen.sampler import sample
 from storygen.textstats import repeated_share, words
@@ -224,13 +225,22 @@ def novelty(samples: list[Sample], training: list[str], copies: Copies) -> dict[
     }
 
 
+UNITS = "shares of samples, guards of well-formed ones; nats a token; intervals: 95%, bootstrap over prompts"
+
+
 def table(results: list[dict[str, Any]]) -> Table:
-    """One column a model, one row a measure."""
-    shares = "shares of samples, guards of well-formed ones; nats a token; intervals: 95%, bootstrap over prompts"
-    grid = Table(caption=shares, caption_justify="left")
+    grid = Table(caption=UNITS, caption_justify="left")
     grid.add_column("")
     for result in results:
         grid.add_column(result["model"], justify="right", overflow="fold")
+    for name, cells in measures(results):
+        grid.add_row(name, *cells)
+    return grid
+
+
+def measures(results: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """What is told of the models: a measure's name, and a cell for each."""
+    rows: list[tuple[str, list[str]]] = []
 
     def number(value: float | None, digits: int = 3) -> str:
         return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
@@ -239,7 +249,7 @@ def table(results: list[dict[str, Any]]) -> Table:
         return "–" if value is None else f"{number(value['mean'])} [{', '.join(number(end) for end in value['ci95'])}]"
 
     def add(name: str, show) -> None:
-        grid.add_row(name, *(show(result) for result in results))
+        rows.append((name, [show(result) for result in results]))
 
     add("reward", lambda r: interval(r["reward"]))
     if len(results) > 1:
@@ -277,7 +287,7 @@ def table(results: list[dict[str, Any]]) -> Table:
         add("story alone, planned", lambda r: interval(r["planned"]))
         add("story alone, outline forced empty", lambda r: interval(r["unplanned"]))
         add("  planned less unplanned", lambda r: interval(r["planning_gain"]))
-    return grid
+    return rows
 
 
 def main(args: Args) -> None:
@@ -335,7 +345,8 @@ def main(args: Args) -> None:
     write_atomically(args.out / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_atomically(args.out / "evaluation.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     Console().print(table(results))
-    print(f"{len(prompts)} {args.split} prompts, {args.num} samples of each; {args.out / 'evaluation.json'}, samples.jsonl")
+    page = write_comparison(args.out, measures(results), UNITS)
+    print(f"{len(prompts)} {args.split} prompts, {args.num} samples of each; {page}, evaluation.json, samples.jsonl")
     if args.json:
         print(json.dumps(report, ensure_ascii=False))
 

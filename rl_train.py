@@ -41,7 +41,7 @@ from storygen.checkpoint import (
     weights_sha256,
 )
 from storygen.cli import InputError, as_json, claim, fill, pick_device, run, write_atomically
-from storygen.corpus import load_manifest, load_prompts
+from storygen.corpus import load_manifest, load_prompts, load_sft
 from storygen.logprobs import Precision, cast_once, check_forward, check_head, pick_dtype, response_logps
 from storygen.memory import Shape, free_memory, halve_until_it_fits, keep_freed_memory, plan
 from storygen.pattern import Pattern, context_length
@@ -436,6 +436,7 @@ def main(args: Args) -> None:
 
     if state["step"] == 0:
         before, batch, samples = evaluate(0)
+        before |= human_range(reward, load_sft(args.data, "validation"), human_median)
         check_head(model, batch.rows[0], pattern.pad_id)
         checks = check_forward(model, reference, batch.rows[:8], batch.starts[:8], pattern.pad_id)
         print("before the first update: " + ", ".join(f"{name} {value:.1e}" for name, value in checks.items()))
@@ -539,6 +540,21 @@ def main(args: Args) -> None:
     save_model(model, tokenizer, args.out / "final")
     report = write_report(args.out)
     print(f"{args.out}/final: held-out reward {state['eval_reward']:.3f}; report: {report}")
+
+
+def human_range(reward: Reward, rows: list[dict], length_target: float) -> dict[str, float]:
+    """10th and 90th percentile of the reward and each part over human rows {prompt, think, story}; nothing without rows."""
+    scores = reward([Sample(row["prompt"], row["think"], row["story"], True) for row in rows], length_target)
+    good = [score for score in scores if score.verdict == "ok"]
+    if not good:
+        return {}
+    values = {"reward": [score.reward for score in good]}
+    values |= {f"parts/{name}": [score.parts[name] for score in good] for name in good[0].parts}
+    return {
+        f"human/{name}/p{q}": float(value)
+        for name, each in values.items()
+        for q, value in zip((10, 90), np.percentile(each, (10, 90)), strict=True)
+    }
 
 
 def next_state(state: dict, samples: list[Sample], scores: list[Score], kl: float, skipped: int, args: Args) -> dict:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of an RL run: `python -m storygen.report RUN_DIR`. Works on a run that is still going."""
+"""One self-contained HTML page of an RL run, `python -m storygen.report RUN_DIR`, also while it is still going; or of a comparison."""
 
 import json
 import math
@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 from jinja2 import Environment
 from markupsafe import Markup
@@ -19,6 +20,7 @@ from storygen.cli import InputError, run, write_atomically
 
 CURVE_POINTS = 600  # more than a chart has pixels
 SAMPLES = 1500  # embedded at most; a browser filters this many without a pause
+CHOICE = "the best and the worst of the run and of many steps, random ones of each step and verdict, and the held-out evaluations."
 SAMPLE_BYTES = 10_000_000  # of embedded samples at most, whatever the length of the stories
 
 
@@ -32,22 +34,83 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     metrics = [row for _, row in _rows(run_dir / "metrics.jsonl") if _number(row.get("step"))]
     if not metrics:
         raise InputError(f"{run_dir} holds no metrics.jsonl with a step in it: give the output folder of rl_train.py")
-    samples, total = _samples(run_dir / "samples.jsonl")
+    human = _human(metrics[0])
+    metrics = [{key: value for key, value in row.items() if not key.startswith("human/")} for row in metrics]
+    samples, total, spread = _samples(run_dir / "samples.jsonl")
     tiles, note = _tiles(metrics)
     page = {
+        "by": "step",
         "name": run_dir.resolve().name,
         "summary": f"{metrics[-1]['step']:,} training steps, {total:,} samples",
         "tiles": tiles,
         "tiles_note": note,
-        "samples_note": _samples_note(len(samples), total),
+        "samples_note": _samples_note(len(samples), total, CHOICE),
         "config": _flat(_config(run_dir / "run.json")),
-        "written": datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
-        "data": _script_json({"curves": _curves(metrics), "samples": samples}),
+        "written": _now(),
+        "data": _script_json({"by": "step", "human": human, "curves": _curves(metrics + spread), "samples": samples}),
     }
+    return _render(page, out or run_dir / "report.html")
+
+
+def write_comparison(folder: Path, rows: list[tuple[str, list[str]]], note: str) -> Path:
+    """Write `folder/report.html` of an evaluation (its `evaluation.json` and `samples.jsonl`) and return its path.
+
+    rows: what was measured, (name, a cell for each model); note: in what units. The samples of a model that are embedded are those
+    of the first prompts, as many as fit.
+    """
+    evaluation = json.loads((folder / "evaluation.json").read_text("utf-8"))
+    models = [result["model"] for result in evaluation["models"]]
+    samples, size, total = [], 0, 0
+    for _, row in _by_prompt(folder / "samples.jsonl"):
+        total += 1
+        sample = _sample(row | {"split": "validation"}) | {"step": row["model"]}
+        size += len(_script_json(sample).encode())
+        if size <= SAMPLE_BYTES and len(samples) < SAMPLES:
+            samples.append(sample)
+    rewards = [result["reward"]["mean"] for result in evaluation["models"]]
+    page = {
+        "by": "model",
+        "name": "Models compared",
+        "summary": f"{len(models)} models, {evaluation['prompts']:,} {evaluation['split']} prompts, {evaluation['num']} samples of each",
+        "tiles": [_tile(model, rewards[0] if i else None, reward) for i, (model, reward) in enumerate(zip(models, rewards, strict=True))],
+        "tiles_note": "Mean reward; change against the first model.",
+        "columns": models,
+        "rows": rows,
+        "rows_note": note,
+        "samples_note": _samples_note(len(samples), total, "those of the first prompts, of every model."),
+        "config": _flat({key: value for key, value in evaluation.items() if key != "models"}),
+        "written": _now(),
+        "data": _script_json({"by": "model", "human": {}, "curves": {}, "samples": samples}),
+    }  # fmt: skip
+    return _render(page, folder / "report.html")
+
+
+def _by_prompt(path: Path) -> list[tuple[int, dict]]:
+    """The rows, those of a prompt together: each model's samples of it stand one after the other."""
+    rows = list(_rows(path))
+    place = {prompt: i for i, prompt in enumerate(dict.fromkeys(row["prompt"] for _, row in rows))}
+    return sorted(rows, key=lambda item: place[item[1]["prompt"]])
+
+
+def _render(page: dict, out: Path) -> Path:
     template = Environment(autoescape=True).from_string((files("storygen") / "report.html").read_text("utf-8"))
-    out = out or run_dir / "report.html"
     write_atomically(out, template.render(page))
     return out
+
+
+def _now() -> str:
+    return datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z")
+
+
+def _human(row: dict) -> dict[str, list[float]]:
+    """{"reward" or a part: [10th, 90th percentile of human rows]}, from what a run logs of them at its beginning."""
+    low = {
+        key.removeprefix("human/").removesuffix("/p10"): key
+        for key in row
+        if key.startswith("human/") and key.endswith("/p10")
+    }
+    bands = {name.removeprefix("parts/"): [row[key], row.get(key[:-3] + "p90")] for name, key in low.items()}
+    return {name: band for name, band in bands.items() if all(map(_number, band))}
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict]]:
@@ -140,15 +203,23 @@ def _tile(name: str, before: Any, after: Any, judged: bool = True) -> dict | Non
     return {"name": name, "value": show(after), "change": sign + show(change), "before": show(before), "trend": trend}
 
 
-def _samples(path: Path) -> tuple[list[dict], int]:
-    """The samples to embed, in file order, and how many the file holds. One pass to choose, one to read the chosen."""
+def _samples(path: Path) -> tuple[list[dict], int, list[dict]]:
+    """The samples to embed, in file order; how many the file holds; and of each step how the rewards of its training samples spread.
+
+    One pass to choose, one to read the chosen.
+    """
     index = []
     for offset, row in _rows(path):
         reward = row.get("reward")
         reward = reward if _number(reward) else -math.inf
         index.append((offset, row.get("step", 0), row.get("split"), reward, str(row.get("prompt")), str(row.get("verdict"))))
     if not index:
-        return [], 0
+        return [], 0, []
+    by_step: dict[float, list[float]] = {}
+    for _, step, split, reward, *_ in index:
+        if split == "train" and math.isfinite(reward) and _number(step):
+            by_step.setdefault(step, []).append(reward)
+    spread = [{"step": step, **_quantiles(rewards, "reward")} for step, rewards in by_step.items()]
     chosen: dict[int, dict] = {}
     size = 0
     with open(path, "rb") as file:
@@ -160,7 +231,11 @@ def _samples(path: Path) -> tuple[list[dict], int]:
             if size > SAMPLE_BYTES or len(chosen) == SAMPLES:
                 break
             chosen[offset] = sample
-    return [chosen[offset] for offset in sorted(chosen)], len(index)
+    return [chosen[offset] for offset in sorted(chosen)], len(index), spread
+
+
+def _quantiles(values: list[float], name: str) -> dict[str, float]:
+    return {f"{name}/p{q}": float(value) for q, value in zip((10, 50, 90), np.percentile(values, (10, 50, 90)), strict=True)}
 
 
 def _preferred(index: list[tuple]) -> list[int]:
@@ -220,13 +295,8 @@ def _sample(row: dict) -> dict:
     }
 
 
-def _samples_note(embedded: int, total: int) -> str:
-    if embedded == total:
-        return f"All {total:,} samples of the run."
-    return (
-        f"{embedded:,} of the run's {total:,} samples: the best and the worst of the run and of many steps, random ones of "
-        "each step and verdict, and the held-out evaluations."
-    )
+def _samples_note(embedded: int, total: int, choice: str) -> str:
+    return f"All {total:,} samples." if embedded == total else f"{embedded:,} of {total:,} samples: {choice}"
 
 
 def _config(path: Path) -> Any:

@@ -165,6 +165,8 @@ def test_a_whole_comparison(folders, capsys):
     assert first["planned"]["mean"] > 0 and first["unplanned"] == second["unplanned"]
     gain = first["planned"]["mean"] - first["unplanned"]["mean"]
     assert first["planning_gain"]["mean"] == pytest.approx(gain)
+    page = (folders / "out" / "report.html").read_text("utf-8")
+    assert all(f"<th>{name}</th>" in page for name in models) and page.count("<td>part ") == len(first["parts"])
     rows = [json.loads(line) for line in (folders / "out" / "samples.jsonl").read_text("utf-8").splitlines()]
     assert len(rows) == 2 * 4 * 2 and {"model", "prompt", "think", "story", "finished", "verdict", "reward"} <= set(rows[0])
 

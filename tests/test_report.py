@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from storygen.cli import InputError
@@ -228,3 +229,51 @@ def test_the_browser_draws_every_section(tmp_path):
     for section in ("curves", "compare", "stories"):
         assert re.search(f'<section id="{section}">', dom), section
     assert dom.count("<svg") >= 14 and "NaN" not in dom
+
+
+def test_the_browsers_filters_work_by_click(tmp_path):
+    """Everything a reader may press, pressed by a script at the page's end; what the page then holds."""
+    page = write_report(write_run(tmp_path / "run"))
+    presses = """<script>{
+      const say = (text) => document.body.append(Object.assign(document.createElement("pre"), { textContent: text }));
+      const choose = (id, value) => { $(id).value = value; $(id).dispatchEvent(new Event("change")); };
+      const cards = () => document.querySelectorAll("#cards .card").length;
+      const before = cards(); $("f-more").click(); say(`more ${before} ${cards()}`);
+      choose("f-step", "12"); choose("f-split", "validation");
+      say("steps " + [...new Set([...document.querySelectorAll("#cards .head")].map((h) => h.children[1].textContent))].join());
+      choose("f-step", ""); choose("f-order", "worst");
+      const rewards = [...document.querySelectorAll("#cards .head b")].map((b) => +b.textContent.replace("−", "-"));
+      say("sorted " + rewards.every((r, i) => !i || rewards[i - 1] <= r));
+      $("f-prompt").value = "no such prompt"; $("f-prompt").dispatchEvent(new Event("input")); say("none " + cards());
+      const first = $("pair-text").textContent; $("pair-next").click(); say("moved " + (first !== $("pair-text").textContent));
+      const word = document.querySelector("#pair .answered"); word.dispatchEvent(new Event("pointerenter"));
+      say("lit " + document.querySelectorAll("#pair .answers").length);
+      word.dispatchEvent(new Event("pointerleave")); say("dark " + document.querySelectorAll("#pair .answers").length);
+    }</script>"""
+    pressed = tmp_path / "pressed.html"
+    pressed.write_text(page.read_text("utf-8").replace("</body>", presses + "</body>"), "utf-8")
+    said = dict(re.findall(r"<pre>(\w+) (.*?)</pre>", browse(pressed, tmp_path / "profile")))
+    assert said["more"] == "12 24" and said["steps"] == "step 12" and said["sorted"] == "true" and said["none"] == "0"
+    assert said["moved"] == "true" and int(said["lit"]) >= 1 and said["dark"] == "0"
+
+
+def test_what_human_stories_earn_is_a_band_behind_their_curve(tmp_path):
+    run = write_run(tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    name = next(key for key in json.loads(lines[0]) if key.startswith(("parts/", "eval/parts/"))).split("parts/")[1]
+    human = {
+        f"human/parts/{name}/p10": 0.4,
+        f"human/parts/{name}/p90": 0.9,
+        "human/reward/p10": 0.5,
+        "human/reward/p90": None,
+    }
+    lines[0] = json.dumps(json.loads(lines[0]) | human)
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    page = write_report(run)
+    data = embedded(page.read_text("utf-8"))
+    assert data["human"] == {name: [0.4, 0.9]} and not any(key.startswith("human") for key in data["curves"])
+    steps, medians = data["curves"]["reward/p50"]
+    rewards = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    of_first = [row["reward"] for row in rewards if row["split"] == "train" and row["step"] == steps[0]]
+    assert medians[0] == pytest.approx(float(np.median(of_first)), rel=1e-4)
+    assert browse(page, tmp_path / "profile").count('class="human"') == 1
