@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from storygen.batching import token_budget_batches
+from storygen.card import push, write_card
 from storygen.checkpoint import Interrupt, load_model, load_state, save_model, save_state
 from storygen.cli import InputError, as_json, claim, fill, pick_device, run, write_atomically
 from storygen.corpus import load_manifest, load_sft
@@ -90,6 +91,8 @@ class Args:
     """Seed of the data order, of the examples drawn and of the validation samples."""
     track: tuple[TrackerName, ...] = ("auto",)
     """Where the metrics go beside metrics.jsonl. auto: TensorBoard (OUT/tensorboard) where it is installed."""
+    push_to_hub: str | None = None
+    """Upload the finished model to the hub under this name (user/name), by the login of the `hf` command."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
@@ -243,7 +246,7 @@ def main(args: Args) -> None:
         raise InputError("--steps, --batch-tokens, --micro-tokens, --rows and --eval-every must be at least 1")
     dtype = pick_dtype(args.precision, device)
     print(json.dumps(as_json(args)))
-    config = {name: value for name, value in as_json(args).items() if name != "track"}
+    config = {name: value for name, value in as_json(args).items() if name not in ("track", "push_to_hub")}
 
     free = free_memory(device)  # before the model takes its part of it
     model, tokenizer = load_model(args.model, device, args.revision, dtype)
@@ -390,6 +393,15 @@ def main(args: Args) -> None:
         file.replace(args.out / file.name)
     best_folder.rmdir()
     shutil.rmtree(states, ignore_errors=True)
+    figures = [
+        ("validation objective, nats a token, of the weights that were kept", f"{best_loss:.3f}"),
+        ("validation loss at the last step, nats a token", f"{last['val_loss']:.3f}"),
+        ("well-formed samples at the last step", f"{last['well_formed']:.0%}"),
+    ]
+    kind = f"A small language model taught an outline-then-story pattern ({args.mode} stage)"
+    write_card(args.out, kind, as_json(args), manifest, figures, args.push_to_hub)
+    if args.push_to_hub:
+        print(push(args.out, args.push_to_hub))
     print(f"{args.out}: best validation objective {best_loss:.3f}; at the last step {last['val_loss']:.3f} nats a token and "
           f"{last['well_formed']:.0%} of samples well-formed")  # fmt: skip
 

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from rew_config import RewardConfig
 from reward import Reward, Sample, Score
 from storygen.batching import token_budget_batches
+from storygen.card import push, write_card
 from storygen.checkpoint import (
     Interrupt,
     Stopped,
@@ -123,6 +124,8 @@ class Args:
     """Steps between sample stories shown in the terminal."""
     track: tuple[TrackerName, ...] = ("auto",)
     """Where the metrics go beside metrics.jsonl. auto: TensorBoard (OUT/tensorboard) where it is installed."""
+    push_to_hub: str | None = None
+    """Upload the finished model to the hub under this name (user/name), by the login of the `hf` command."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
@@ -361,7 +364,9 @@ def main(args: Args) -> None:
     )
     # What makes a run another run. A resumed one may have more steps, or stand elsewhere.
     config = {
-        k: v for k, v in as_json(args).items() if k not in ("steps", "resume", "out", "device", "data", "model", "track")
+        k: v
+        for k, v in as_json(args).items()
+        if k not in ("steps", "resume", "out", "device", "data", "model", "track", "push_to_hub")
     }
     config |= {"model_sha256": weights_sha256(args.model), "data": manifest["hashes"]}
     lock = claim(args.out) if chief else None  # noqa: F841  held until the process ends
@@ -538,7 +543,21 @@ def main(args: Args) -> None:
         return
     trackers.finish()
     save_model(model, tokenizer, args.out / "final")
+    logged = [json.loads(line) for line in (args.out / "metrics.jsonl").read_text("utf-8").splitlines()]
+    seen = [row for row in logged if "eval/reward" in row]
+    figures = [
+        (
+            f"{name.removeprefix('eval/')}, {len(held_out)} held-out prompts, before and after RL",
+            f"{seen[0][name]:.3f}, {seen[-1][name]:.3f}",
+        )
+        for name in seen[-1]
+        if name.startswith(("eval/reward", "eval/parts/", "eval/samples/", "eval/length/")) and name in seen[0]
+    ]
+    kind = "A small language model taught an outline-then-story pattern, then improved by critic-free PPO"
+    write_card(args.out / "final", kind, as_json(args), manifest, figures, args.push_to_hub)
     report = write_report(args.out)
+    if args.push_to_hub:
+        print(push(args.out / "final", args.push_to_hub))
     print(f"{args.out}/final: held-out reward {state['eval_reward']:.3f}; report: {report}")
 
 

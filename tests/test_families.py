@@ -42,6 +42,13 @@ FAMILIES = {
 }  # fmt: skip
 
 
+MADE_OF = {
+    "hashes": {},
+    "sources": {"outlines": {"from": "corpus"}},
+    "counts": {"outlines": {"read": 9, "kept": {"train": 9}}},
+}
+
+
 def made(config):
     """A random model of a family, as a base: with the embedded tokenizer and none of the pattern's tokens."""
     torch.manual_seed(0)
@@ -86,7 +93,7 @@ def test_both_stages_of_learning_take_a_model_of_another_family(family, tmp_path
     rows = [{"split": row["split"], "prompt": row["prompt"]} for row in corpus_rows()]
     pq.write_table(pa.Table.from_pylist(rows), data / "prompts.parquet")
     manifest = json.loads((data / "manifest.json").read_text())
-    (data / "manifest.json").write_text(json.dumps(manifest | {"hashes": {}}))
+    (data / "manifest.json").write_text(json.dumps(manifest | MADE_OF))
     stages = [
         ("pattern_learning.py", "--mode", "zeroshot", "--data", data, "--model", tmp_path / "base", "--out", tmp_path / "zeroshot",
          "--steps", 2, "--batch-tokens", 400, "--eval-prompts", 1),
@@ -96,6 +103,8 @@ def test_both_stages_of_learning_take_a_model_of_another_family(family, tmp_path
     for stage in stages:
         done = script(*stage)
         assert done.returncode == 0, done.stderr
+    for made_by in ("zeroshot", "rl/final"):
+        assert "## Measured" in (tmp_path / made_by / "README.md").read_text("utf-8")
     metrics = [json.loads(line) for line in (tmp_path / "rl" / "metrics.jsonl").read_text().splitlines()]
     assert metrics[0]["check/kl"] < 1e-6 and metrics[1]["policy/updates"] >= 1 and metrics[1]["policy/sampler_gap"] < 0.05
 

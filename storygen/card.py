@@ -1,0 +1,75 @@
+"""The card of a model folder, for people who did not make it; and the folder's way to the hub."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from storygen.cli import InputError
+
+# What makes a model, of all that a stage leaves in its folder.
+MODEL_FILES = [
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "*.safetensors*",
+    "tokenizer*",
+    "*.jinja",
+    "vocab*",
+    "merges*",
+]
+MODEL_FILES += ["special_tokens_map.json", "added_tokens.json"]
+
+
+def write_card(
+    folder: Path,
+    kind: str,
+    config: dict[str, Any],
+    manifest: dict[str, Any],
+    figures: list[tuple[str, str]],
+    name: str | None,
+) -> None:
+    """Write `folder/README.md`: what the model is, what was measured, what it was made of and by which settings.
+
+    config: the stage's arguments; manifest: that of its data; figures: (what, value); name: where it is to stand on the hub.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    counts = manifest["counts"]
+    sources = [
+        (
+            origin,
+            source.get("name") or Path(source["from"]).name,
+            counts[origin]["read"],
+            sum(counts[origin]["kept"].values()),
+        )
+        for origin, source in manifest["sources"].items()
+        if origin in counts
+    ]
+    ours = manifest["preset"] == "demo" and all(source["from"] == "corpus" for source in manifest["sources"].values())
+    data = ModelCardData(
+        language="en", library_name="transformers", pipeline_tag="text-generation", tags=["story-gen", "story-generation"],
+        license="cc0-1.0" if ours else None, datasets=[s["name"] for s in manifest["sources"].values() if "name" in s] or None,
+    )  # fmt: skip
+    card = ModelCard.from_template(
+        data, template_path=str(Path(__file__).with_name("card.md")), name=name or folder.resolve().name, kind=kind,
+        base=Path(config["model"]).name if Path(config["model"]).exists() else config["model"], sources=sources, figures=figures,
+        recipe=json.dumps({key: value for key, value in config.items() if key not in ("out", "data", "model")}, indent=1),
+        licence="Base model and data are CC0, and so is this." if ours else "Its licence is that of its base model and its data.",
+    )  # fmt: skip
+    (folder / "README.md").write_text(str(card), "utf-8")
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload a model folder to the hub as `name`, by the client's own login. Returns its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        where = api.create_repo(name, exist_ok=True)
+        api.upload_folder(
+            repo_id=where.repo_id, folder_path=folder, allow_patterns=MODEL_FILES, commit_message="Upload by story-gen"
+        )
+    except Exception as error:  # noqa: BLE001  the client and what it stands on raise their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"--push-to-hub {name}: {reason}; the model lies in {folder}: hf upload {name} {folder}") from None
+    return str(where)
