@@ -30,7 +30,7 @@ from tqdm import tqdm
 from rew_config import RewardConfig
 from reward import Reward, Sample, Score
 from storygen.batching import token_budget_batches
-from storygen.card import push, write_card
+from storygen.card import before_and_after, push, write_card
 from storygen.checkpoint import (
     Interrupt,
     Stopped,
@@ -51,7 +51,7 @@ from storygen.processes import add, add_gradients, gather, join, share
 from storygen.report import write_report
 from storygen.rollout import Rollout, rollout, rollout_logps
 from storygen.textstats import words
-from storygen.tracking import Log, TrackerName, Trackers, alarms, describe, progress, sample_rows, show_sample
+from storygen.tracking import Log, TrackerName, Trackers, alarms, describe, human_range, progress, sample_rows, show_sample
 
 
 @dataclass
@@ -441,7 +441,8 @@ def main(args: Args) -> None:
 
     if state["step"] == 0:
         before, batch, samples = evaluate(0)
-        before |= human_range(reward, load_sft(args.data, "validation"), human_median)
+        human = [Sample(row["prompt"], row["think"], row["story"], True) for row in load_sft(args.data, "validation")]
+        before |= human_range(reward(human, human_median))
         check_head(model, batch.rows[0], pattern.pad_id)
         checks = check_forward(model, reference, batch.rows[:8], batch.starts[:8], pattern.pad_id)
         print("before the first update: " + ", ".join(f"{name} {value:.1e}" for name, value in checks.items()))
@@ -543,37 +544,14 @@ def main(args: Args) -> None:
         return
     trackers.finish()
     save_model(model, tokenizer, args.out / "final")
-    logged = [json.loads(line) for line in (args.out / "metrics.jsonl").read_text("utf-8").splitlines()]
-    seen = [row for row in logged if "eval/reward" in row]
-    figures = [
-        (
-            f"{name.removeprefix('eval/')}, {len(held_out)} held-out prompts, before and after RL",
-            f"{seen[0][name]:.3f}, {seen[-1][name]:.3f}",
-        )
-        for name in seen[-1]
-        if name.startswith(("eval/reward", "eval/parts/", "eval/samples/", "eval/length/")) and name in seen[0]
-    ]
     kind = "A small language model taught an outline-then-story pattern, then improved by critic-free PPO"
-    write_card(args.out / "final", kind, as_json(args), manifest, figures, args.push_to_hub)
+    write_card(
+        args.out / "final", kind, as_json(args), manifest, before_and_after(args.out, len(held_out)), args.push_to_hub
+    )
     report = write_report(args.out)
     if args.push_to_hub:
         print(push(args.out / "final", args.push_to_hub))
     print(f"{args.out}/final: held-out reward {state['eval_reward']:.3f}; report: {report}")
-
-
-def human_range(reward: Reward, rows: list[dict], length_target: float) -> dict[str, float]:
-    """10th and 90th percentile of the reward and each part over human rows {prompt, think, story}; nothing without rows."""
-    scores = reward([Sample(row["prompt"], row["think"], row["story"], True) for row in rows], length_target)
-    good = [score for score in scores if score.verdict == "ok"]
-    if not good:
-        return {}
-    values = {"reward": [score.reward for score in good]}
-    values |= {f"parts/{name}": [score.parts[name] for score in good] for name in good[0].parts}
-    return {
-        f"human/{name}/p{q}": float(value)
-        for name, each in values.items()
-        for q, value in zip((10, 90), np.percentile(each, (10, 90)), strict=True)
-    }
 
 
 def next_state(state: dict, samples: list[Sample], scores: list[Score], kl: float, skipped: int, args: Args) -> dict:

@@ -53,10 +53,25 @@ def write_card(
     card = ModelCard.from_template(
         data, template_path=str(Path(__file__).with_name("card.md")), name=name or folder.resolve().name, kind=kind,
         base=Path(config["model"]).name if Path(config["model"]).exists() else config["model"], sources=sources, figures=figures,
-        recipe=json.dumps({key: value for key, value in config.items() if key not in ("out", "data", "model")}, indent=1),
+        recipe=json.dumps({key: value for key, value in config.items() if key not in ("out", "data", "model", "resume")}, indent=1),
         licence="Base model and data are CC0, and so is this." if ours else "Its licence is that of its base model and its data.",
     )  # fmt: skip
     (folder / "README.md").write_text(str(card), "utf-8")
+
+
+def before_and_after(run_dir: Path, prompts: int) -> list[tuple[str, str]]:
+    """What an RL run measured on its held-out prompts in the first and the last of its evaluations, of `metrics.jsonl`."""
+    logged = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text("utf-8").splitlines()]
+    first, *_, last = [row for row in logged if "eval/reward" in row]
+    kinds = ("eval/reward", "eval/parts/", "eval/samples/", "eval/length/")
+    return [
+        (
+            f"{name.removeprefix('eval/')}, {prompts} held-out prompts, before and after RL",
+            f"{first[name]:.3f}, {last[name]:.3f}",
+        )
+        for name in last
+        if name.startswith(kinds) and name in first
+    ]
 
 
 def push(folder: Path, name: str) -> str:

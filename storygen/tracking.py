@@ -116,6 +116,20 @@ def describe(samples: Sequence, scores: Sequence) -> dict[str, float]:
     return row
 
 
+def human_range(scores: Sequence) -> dict[str, float]:
+    """10th and 90th percentile of the reward and each part over the well-formed of some human rows' scores; nothing without any."""
+    good = [score for score in scores if score.verdict == "ok"]
+    if not good:
+        return {}
+    values = {"reward": [score.reward for score in good]}
+    values |= {f"parts/{name}": [score.parts[name] for score in good] for name in good[0].parts}
+    return {
+        f"human/{name}/p{q}": float(value)
+        for name, each in values.items()
+        for q, value in zip((10, 90), np.percentile(each, (10, 90)), strict=True)
+    }
+
+
 def sample_rows(step: int, split: str, samples: Sequence, scores: Sequence, advantages: Sequence) -> list[dict]:
     """Rows of samples.jsonl: everything needed to look at a sample, and to score it again without sampling."""
     return [
