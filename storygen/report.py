@@ -46,7 +46,6 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         "tiles_note": note,
         "samples_note": _samples_note(len(samples), total, CHOICE),
         "config": _flat(_config(run_dir / "run.json")),
-        "written": _now(),
         "data": _script_json({"by": "step", "human": human, "curves": _curves(metrics + spread), "samples": samples}),
     }
     return _render(page, out or run_dir / "report.html")
@@ -79,7 +78,6 @@ def write_comparison(folder: Path, rows: list[tuple[str, list[str]]], note: str)
         "rows_note": note,
         "samples_note": _samples_note(len(samples), total, "those of the first prompts, of every model."),
         "config": _flat({key: value for key, value in evaluation.items() if key != "models"}),
-        "written": _now(),
         "data": _script_json({"by": "model", "human": {}, "curves": {}, "samples": samples}),
     }  # fmt: skip
     return _render(page, folder / "report.html")
@@ -94,12 +92,9 @@ def _by_prompt(path: Path) -> list[tuple[int, dict]]:
 
 def _render(page: dict, out: Path) -> Path:
     template = Environment(autoescape=True).from_string((files("storygen") / "report.html").read_text("utf-8"))
-    write_atomically(out, template.render(page))
+    written = datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z")
+    write_atomically(out, template.render(page, written=written))
     return out
-
-
-def _now() -> str:
-    return datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z")
 
 
 def _human(row: dict) -> dict[str, list[float]]:
