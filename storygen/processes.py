@@ -1,5 +1,6 @@
 """Several processes as one, over accelerate: `torchrun` or `accelerate launch` starts them, a plain start is a group of one."""
 
+import atexit
 import os
 import sys
 
@@ -12,6 +13,8 @@ def join(device: str) -> tuple[PartialState, str]:
     """This process's place among all, and the device it is to use. All but the first, the chief, print nothing from here on."""
     # accelerate takes torchrun's processes for one where there is no GPU and `cpu` is not said.
     state = PartialState(cpu=device == "cpu")
+    # gloo's threads still let go of Python objects after the last exchange: in an interpreter that closes down they abort.
+    atexit.register(state.destroy_process_group)
     if not state.is_main_process:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open as long as the process
     return state, str(state.device) if state.num_processes > 1 else device
