@@ -20,6 +20,7 @@ import transformers
 import tyro
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from rew_config import RewardConfig
 from reward import Reward, Sample, Score
@@ -29,7 +30,7 @@ from storygen.cli import InputError, pick_device, run, write_atomically
 from storygen.corpus import load_prompts, load_sft
 from storygen.diversity import Copies, distinct, nearest, self_bleu
 from storygen.logprobs import best_dtype, response_logps
-from storygen.pattern import Pattern, context_length
+from storygen.pattern import Pattern, add_pattern_tokens, context_length
 from storygen.report import write_comparison
 from storygen.rollout import rollout
 from storygen.sampler import sample
@@ -44,7 +45,8 @@ TOKENS = 8192  # of one forward pass, padding included
 @dataclass
 class Args:
     models: tyro.conf.Positional[tuple[str, ...]]
-    """Model folders made by pattern_learning.py or rl_train.py; each is compared with the first."""
+    """Model folders made by pattern_learning.py or rl_train.py; each is compared with the first. A plain language model,
+    such as base_model, is given the pattern's tokens untrained: what it writes shows what learning the pattern brings."""
     data: Path = Path("artifacts/data")
     """Folder made by data_prep.py."""
     out: Path = Path("artifacts/evaluation")
@@ -81,6 +83,13 @@ def check(args: Args) -> None:
         raise InputError("--num and --prompts must be at least 1, --seed at least 0, --temperature above 0")
     if args.length_target is not None and args.length_target <= 0:
         raise InputError(f"--length-target must be above 0, not {args.length_target:g}")
+
+
+def load_policy(folder: str, device: str) -> tuple[PreTrainedModel, Pattern]:
+    """A model that is to write, and its pattern, whose tokens are added to a tokenizer without them."""
+    model, tokenizer = load_model(folder, device, dtype=best_dtype(device))
+    add_pattern_tokens(model, tokenizer)
+    return model, Pattern(tokenizer)
 
 
 @torch.no_grad()
@@ -294,7 +303,7 @@ def main(args: Args) -> None:
     check(args)
     device = pick_device(args.device)
     for folder in args.models:
-        Pattern(load_model(folder)[1])  # a folder that cannot be used is named before minutes go into the others
+        load_policy(folder, "cpu")  # a folder that cannot be used is named before minutes go into the others
     reference = load_model(args.reference, device, dtype=best_dtype(device)) if args.reference else None
     pool = load_prompts(args.data, args.split)
     if not pool:
@@ -309,8 +318,7 @@ def main(args: Args) -> None:
 
     results, rows, first = [], [], None
     for folder in args.models:
-        model, tokenizer = load_model(folder, device, dtype=best_dtype(device))
-        pattern = Pattern(tokenizer)
+        model, pattern = load_policy(folder, device)
         batch = rollout(
             model, pattern, prompts, args.num, seed=args.seed, temperature=args.temperature, dtype=best_dtype(device),
             progress=True,

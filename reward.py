@@ -316,7 +316,10 @@ class Explain(Workbench):
 
 @dataclass
 class Rescore(Workbench):
-    """Logged samples under a changed config: rank correlation with the logged reward, and the pairs that flip."""
+    """Logged samples under a changed config: rank correlation with the logged reward, and the pairs that flip.
+
+    Every sample meets the length target that it was logged with, unless --length-target gives another.
+    """
 
     samples: tyro.conf.Positional[Path] = tyro.MISSING
     """samples.jsonl of a run: rows {prompt, think, story, finished, reward, raw}."""
@@ -399,12 +402,13 @@ def rescore(args: Rescore) -> None:
             f"{args.samples}: row {missing} was logged under another idf_cap, or by an older version: encode it again "
             "with `reward.py score`"
         )
-    target = target_of(args, reward)
+    default = target_of(args, reward)
     scores = []
     for row in rows:
         verdict = verdict_of(sample := sample_of(row))
         raw = reward.measure_text(sample) | row["raw"] if verdict == "ok" else {}
-        scores.append(reward.combine(raw, verdict, row.get("length_target", target)))
+        target = row.get("length_target", default) if args.length_target is None else default
+        scores.append(reward.combine(raw, verdict, target))
     old, new = np.array([row["reward"] for row in rows]), np.array([score.reward for score in scores])
     print(args.reward.effective())
     print(f"{len(rows)} samples: rank correlation {rank_correlation(old, new):.3f}")

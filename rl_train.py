@@ -432,7 +432,7 @@ def main(args: Args) -> None:
         own = samples_of(batch)
         samples, scores = gather(own), gather(reward(own, human_median))
         if chief:
-            samples_log.write(*sample_rows(step, "validation", samples, scores, [None] * len(scores)))
+            samples_log.write(*sample_rows(step, "validation", samples, scores, [None] * len(scores), human_median))
         best = max(range(len(scores)), key=lambda i: scores[i].reward)
         if step in (0, args.steps):
             show_sample(f"step {step}: best of {len(scores)} held-out stories, reward {scores[best].reward:.3f}",
@@ -459,6 +459,7 @@ def main(args: Args) -> None:
         state |= {"length_target": start, "length_low": start / 2, "length_high": longest, "beta": args.beta,
                   "quality_mean": None, "quality_std": None, "skipped_in_a_row": 0, "eval_reward": before["eval/reward"]}  # fmt: skip
 
+    print(f"in the bar: parts {'/'.join(args.reward.weights())}; words of stories, median/target")
     mine = share(args.prompts)
     with progress(args.steps, state["step"], "RL", chief) as bar:
         for step in range(state["step"] + 1, args.steps + 1):
@@ -514,7 +515,9 @@ def main(args: Args) -> None:
             if chief:
                 metrics.write(row)
                 trackers.log(row)
-                samples_log.write(*sample_rows(step, "train", samples, scores, advantage.flatten().tolist()))
+                samples_log.write(
+                    *sample_rows(step, "train", samples, scores, advantage.flatten().tolist(), state["length_target"])
+                )
             if step % args.show_every == 0:
                 one = samples[0]
                 show_sample(
@@ -524,8 +527,10 @@ def main(args: Args) -> None:
             state = next_state(state, samples, scores, learnt["objective/kl"], learnt["policy/skipped"], args)
             bar.update()
             bar.set_postfix(
-                reward=f"{row['objective/reward']:.3f}", held_out=f"{state['eval_reward']:.3f}", kl=f"{row['objective/kl']:.3f}",
-                ok=f"{row['samples/well_formed']:.2f}", words=f"{row['length/median']:.0f}/{row['length/target']:.0f}",
+                reward=f"{row['objective/reward']:.3f}", held_out=f"{state['eval_reward']:.3f}",
+                parts="/".join(f"{row[f'parts/{name}']:.2f}" for name in args.reward.weights()),
+                kl=f"{row['objective/kl']:.3f}", finished=f"{row['samples/finished']:.2f}",
+                words=f"{row['length/median']:.0f}/{row['length/target']:.0f}",
                 tok_s=f"{row['time/tokens_per_second']:.0f}",
             )  # fmt: skip
             broken, asked = state["skipped_in_a_row"] >= 3, max(gather([interrupt.stop or 0]))

@@ -8,16 +8,9 @@ from storygen.cli import InputError
 
 # What makes a model, of all that a stage leaves in its folder.
 MODEL_FILES = [
-    "README.md",
-    "config.json",
-    "generation_config.json",
-    "*.safetensors*",
-    "tokenizer*",
-    "*.jinja",
-    "vocab*",
-    "merges*",
-]
-MODEL_FILES += ["special_tokens_map.json", "added_tokens.json"]
+    "README.md", "config.json", "generation_config.json", "*.safetensors*", "tokenizer*", "*.jinja", "vocab*", "merges*",
+    "special_tokens_map.json", "added_tokens.json",
+]  # fmt: skip
 
 
 def write_card(

@@ -130,12 +130,14 @@ def human_range(scores: Sequence) -> dict[str, float]:
     }
 
 
-def sample_rows(step: int, split: str, samples: Sequence, scores: Sequence, advantages: Sequence) -> list[dict]:
+def sample_rows(
+    step: int, split: str, samples: Sequence, scores: Sequence, advantages: Sequence, length_target: float
+) -> list[dict]:
     """Rows of samples.jsonl: everything needed to look at a sample, and to score it again without sampling."""
     return [
         {"step": step, "split": split, "prompt": s.prompt, "think": s.think, "story": s.story, "finished": s.finished,
          "verdict": c.verdict, "room": s.room, "reward": c.reward, "parts": c.parts, "guards": c.guards, "raw": c.raw,
-         "advantage": a}
+         "length_target": length_target, "advantage": a}
         for s, c, a in zip(samples, scores, advantages)
     ]  # fmt: skip
 

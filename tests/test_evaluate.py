@@ -171,10 +171,15 @@ def test_a_whole_comparison(folders, capsys):
     assert len(rows) == 2 * 4 * 2 and {"model", "prompt", "think", "story", "finished", "verdict", "reward"} <= set(rows[0])
 
 
-def test_a_model_without_the_pattern_is_one_line(folders):
-    if not (BASE / "model.safetensors").is_file():
-        pytest.skip("base_model/ has no weights")
-    with pytest.raises(InputError, match="pattern_learning") as error:
-        evaluate.main(evaluate.Args((str(folders / "a"), str(BASE)), folders / "data", folders / "out", device="cpu"))
+def test_a_plain_language_model_may_stand_in_the_table(folders):
+    models = (str(folders / "a"), str(BASE))
+    evaluate.main(evaluate.Args(models, folders / "data", folders / "out", num=1, prompts=2, device="cpu", unplanned=False))
+    plain = json.loads((folders / "out" / "evaluation.json").read_text("utf-8"))["models"][1]
+    assert plain["samples"] == 2 and plain["well_formed"] == 0 and plain["vs_first"] is not None
+
+
+def test_a_folder_that_is_no_model_is_one_line_before_anything_is_sampled(folders):
+    with pytest.raises(InputError, match="run the stage that makes it") as error:
+        evaluate.main(evaluate.Args((str(folders / "a"), "artifacts/none"), folders / "data", folders / "out", device="cpu"))
     assert "\n" not in str(error.value)
     assert not (folders / "out").exists()

@@ -205,6 +205,11 @@ def test_rl_leaves_everything_it_promises(whole_run):
     assert "<html" in (whole_run / "report.html").read_text()
 
 
+def test_a_run_rescored_under_its_own_config_prefers_what_it_preferred(whole_run, home, script):
+    done = script("reward.py", "rescore", whole_run / "samples.jsonl", "--data", home / "data")
+    assert "rank correlation 1.000" in done.stdout and "\n0 of " in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize(
     ("signals", "code"), [([signal.SIGKILL], -9), ([signal.SIGTERM], 143), ([signal.SIGINT, signal.SIGINT], 130)]
 )
