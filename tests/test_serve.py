@@ -7,6 +7,7 @@ import sys
 import openai
 import pytest
 import torch
+from transformers import pipeline
 
 from storygen.checkpoint import save_model
 from storygen.logprobs import response_logps
@@ -82,3 +83,10 @@ def test_a_served_model_may_be_the_teacher(server, teacher):
     teacher = Teacher(url, name, teacher.template, teacher.cache, concurrency=1, retries=0)
     outlines, counts = ask([TOLD], teacher)
     assert outlines[0].startswith(PLAN) and not any(counts.values())
+
+
+def test_the_pipeline_of_transformers_needs_nothing_of_this_project(server):
+    write = pipeline("text-generation", model=server[1], device="cpu")
+    (answer,) = write([{"role": "user", "content": ROW[0]}], max_new_tokens=300, do_sample=False)
+    outline, border, story = answer["generated_text"][-1]["content"].partition("\n\n")
+    assert border and (outline.replace("\n  ", "\n"), story.replace("\n  ", "\n").strip()) == ROW[1:]

@@ -1,0 +1,104 @@
+"""Does the full-size path fit a small machine? Every script with --preset gpt2, a few steps each, on a processor.
+
+    python benchmarks/gpt2_path.py --gpt2-tokenizer FOLDER --rows train.jsonl [--layers 2]
+
+The model is `GPT2Config()` with random weights, under GPT-2's own tokenizer; the rows are WritingPrompts ones, the outlines the corpus's,
+the encoder the packaged MiniLM. Batches are cut to what a processor gets through in minutes; context, vocabulary, memory plan and
+code are the preset's. The text that comes out is noise.
+
+seconds   from start to end of a script, imports included
+peak_gb   largest resident size of the script's processes, one at a time (`wait4`)
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 12.0  # GB
+
+
+@dataclass
+class Args:
+    gpt2_tokenizer: Path
+    """Folder with GPT-2's tokenizer."""
+    rows: Path
+    """WritingPrompts rows: jsonl with prompt and story."""
+    layers: int = 12
+    """Of the model: 12 is GPT-2 124M."""
+    steps: int = 3
+    """Optimizer steps of each stage of fine-tuning, and of RL."""
+    quick: bool = False
+    """2 layers, 1 step."""
+
+
+def commands(home: Path, args: Args) -> list[list[str]]:
+    steps = ["--steps", args.steps]
+    learn = [*steps, "--batch-tokens", 8192, "--eval-prompts", 4, "--data", home / "data"]
+    return [
+        [str(part) for part in command]
+        for command in (
+            ["data_prep.py", "--preset", "gpt2", "--source", args.rows.resolve(), "--outlines", "corpus", "--out", home / "data"],
+            ["pattern_learning.py", "--mode", "oneshot", "--model", home / "base", "--out", home / "oneshot", *learn],
+            ["pattern_learning.py", "--mode", "zeroshot", "--model", home / "oneshot", "--out", home / "zeroshot", *learn],
+            ["rl_train.py", "--data", home / "data", "--model", home / "zeroshot", "--out", home / "rl", *steps,
+             "--prompts", 4, "--k", 4, "--max-new-tokens", 300, "--eval-prompts", 4],
+            ["evaluate.py", home / "rl/final", "--data", home / "data", "--out", home / "evaluation", "--prompts", 2, "--num", 1,
+             "--no-unplanned"],
+            ["generate.py", "A dog learns to read.", "--model", home / "rl/final"],
+        )
+    ]  # fmt: skip
+
+
+def main(args: Args) -> None:
+    if args.quick:
+        args.layers, args.steps = 2, 1
+    stages = {}
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        torch.manual_seed(0)
+        GPT2LMHeadModel(GPT2Config(n_layer=args.layers)).save_pretrained(home / "base")
+        AutoTokenizer.from_pretrained(args.gpt2_tokenizer).save_pretrained(home / "base")
+        for script, *rest in commands(home, args):
+            name = f"{script} --mode {rest[1]}" if rest[0] == "--mode" else script
+            begin = time.perf_counter()
+            process = subprocess.Popen([sys.executable, ROOT / script, *rest], stdout=subprocess.PIPE, text=True, cwd=home)
+            said = process.stdout.read()
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                sys.exit(f"{script} failed:\n{said}")
+            memory = next((line for line in said.splitlines() if line.startswith("memory, GB")), "")
+            stages[name] = {"seconds": round(time.perf_counter() - begin), "peak_gb": round(usage.ru_maxrss * 1024 / 1e9, 2)}
+            print(f"{name:40} {stages[name]['seconds']:5} s   peak {stages[name]['peak_gb']:.2f} GB   {memory}", flush=True)
+        for name in ("oneshot", "zeroshot"):
+            rows = [json.loads(line) for line in (home / name / "metrics.jsonl").read_text("utf-8").splitlines()]
+            stages[f"pattern_learning.py --mode {name}"]["tokens_per_second"] = round(
+                max(r["tokens_per_second"] for r in rows)
+            )
+        rows = [json.loads(line) for line in (home / "rl" / "metrics.jsonl").read_text("utf-8").splitlines()][1:]
+        stages["rl_train.py"] |= {key: round(rows[-1][f"time/{key}"], 1) for key in ("sample_s", "reward_s", "update_s")}
+    highest = max(stage["peak_gb"] for stage in stages.values())
+    print(
+        json.dumps(
+            {
+                "bench": "gpt2_path",
+                "layers": args.layers,
+                "stages": stages,
+                "peak_gb": highest,
+                "within_12_gb": highest < LIMIT,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
