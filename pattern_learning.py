@@ -111,7 +111,7 @@ class Recipe:
 RECIPES = {
     ("demo", "oneshot"): Recipe(steps=100, lr=5e-4, batch_tokens=4096, micro_tokens=1536, eval_every=50),
     ("demo", "zeroshot"): Recipe(steps=240, lr=5e-4, batch_tokens=4096, micro_tokens=1536, eval_every=80),
-    # About three epochs of the 1.97K rows in each mode, at the usual fine-tuning rate of GPT-2 124M.
+    # The rate and, about, the three epochs of the 1.97K rows (and their drills) that transformers' Trainer takes by default.
     ("gpt2", "oneshot"): Recipe(steps=400, lr=5e-5, batch_tokens=16384, micro_tokens=8192, eval_every=50),
     ("gpt2", "zeroshot"): Recipe(steps=300, lr=5e-5, batch_tokens=16384, micro_tokens=8192, eval_every=50),
 }
@@ -369,11 +369,11 @@ def main(args: Args) -> None:
             if chief:
                 log.write(row)
                 trackers.log(row)
+            bar.set_postfix({
+                "loss": f"{row['loss']:.3f}", "val": f"{last['val_loss']:.3f}", "well_formed": f"{last['well_formed']:.2f}",
+                "tok_s": f"{row['tokens_per_second']:.0f}",
+            }, refresh=False)  # fmt: skip
             bar.update()
-            bar.set_postfix(
-                loss=f"{row['loss']:.3f}", val=f"{last['val_loss']:.3f}", well_formed=f"{last['well_formed']:.2f}",
-                tok_s=f"{row['tokens_per_second']:.0f}",
-            )  # fmt: skip
             asked = max(gather([interrupt.stop or 0]))
             if (done % args.save_every == 0 or asked) and done < args.steps:
                 if chief:
