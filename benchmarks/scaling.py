@@ -6,9 +6,10 @@ The same run, with the same seed, by 1 process and by several; every process has
 work is worth, apart from how well one process uses many threads. Medians over the steps after the first. Sampling ends, and so
 does the update, when the slowest process is done: its wait stands in the phase that follows.
 
-speedup      seconds a step (RL), tokens/s (fine-tuning): several processes over one
-gradients    seconds to sum the gradients of this model, and of one of GPT-2's size, over the processes (gloo)
-samples      whether the processes together wrote the stories that one wrote
+speedup        seconds a step (RL), tokens/s (fine-tuning): several processes over one
+gradients      seconds to sum the gradients of this model, and of one of GPT-2's size, over the processes (gloo)
+same_stories   share of the first step's stories that the processes together wrote word for word as one did: they draw by the same
+               numbers, but batches of other sizes round otherwise, and where a draw lies on the border a story takes another way
 """
 
 import json
@@ -112,7 +113,11 @@ def main(args: Args) -> None:
                 for m in (one, n)
             }
             small, large = (float(line) for line in launch(n, __file__, "gradients").split())
-            figures[n] |= {"gradients_7m_s": small, "gradients_124m_s": large, "same_samples": told[one] == told[n]}
+            figures[n] |= {
+                "gradients_7m_s": small,
+                "gradients_124m_s": large,
+                "same_stories": statistics.fmean(a == b for a, b in zip(told[one], told[n], strict=True)),
+            }
             figures[n] |= {"rl_speedup": figures[one]["step_s"] / figures[n]["step_s"]}
             figures[n] |= {"sft_speedup": figures[n]["sft_tokens_per_second"] / figures[one]["sft_tokens_per_second"]}
     for n, row in figures.items():
