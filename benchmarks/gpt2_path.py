@@ -38,20 +38,21 @@ class Args:
     steps: int = 3
     """Optimizer steps of each stage of fine-tuning, and of RL."""
     quick: bool = False
-    """2 layers, 1 step."""
+    """2 layers, 1 step of few tokens, 40 rows."""
 
 
 def commands(home: Path, args: Args) -> list[list[str]]:
     steps = ["--steps", args.steps]
-    learn = [*steps, "--batch-tokens", 8192, "--eval-prompts", 4, "--data", home / "data"]
+    tokens, new, held_out, limit = (1500, 30, 1, ["--limit", 30]) if args.quick else (8192, 300, 4, [])
+    learn = [*steps, "--batch-tokens", tokens, "--eval-prompts", held_out, "--data", home / "data"]
     return [
         [str(part) for part in command]
         for command in (
-            ["data_prep.py", "--preset", "gpt2", "--source", args.rows.resolve(), "--outlines", "corpus", "--out", home / "data"],
+            ["data_prep.py", "--preset", "gpt2", "--source", args.rows.resolve(), "--outlines", "corpus", "--out", home / "data", *limit],
             ["pattern_learning.py", "--mode", "oneshot", "--model", home / "base", "--out", home / "oneshot", *learn],
             ["pattern_learning.py", "--mode", "zeroshot", "--model", home / "oneshot", "--out", home / "zeroshot", *learn],
             ["rl_train.py", "--data", home / "data", "--model", home / "zeroshot", "--out", home / "rl", *steps,
-             "--prompts", 4, "--k", 4, "--max-new-tokens", 300, "--eval-prompts", 4],
+             "--prompts", 4, "--k", 4, "--max-new-tokens", new, "--eval-prompts", held_out],
             ["evaluate.py", home / "rl/final", "--data", home / "data", "--out", home / "evaluation", "--prompts", 2, "--num", 1,
              "--no-unplanned"],
             ["generate.py", "A dog learns to read.", "--model", home / "rl/final"],

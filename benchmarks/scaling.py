@@ -42,7 +42,7 @@ class Args:
     prompts: int = 12
     k: int = 8
     quick: bool = False
-    """2 steps of 4 prompts x 2 samples."""
+    """2 steps of 4 prompts x 2 samples of up to 60 tokens, and of fine-tuning on few tokens."""
 
 
 def launch(processes: int, *command: object) -> str:
@@ -61,22 +61,13 @@ def rows_of(path: Path) -> list[dict]:
 
 def measure(processes: int, home: Path, args: Args) -> dict[str, float]:
     """Medians over the steps after the first."""
-    common = [
-        "--data",
-        args.data.resolve(),
-        "--device",
-        "cpu",
-        "--steps",
-        args.steps,
-        "--track",
-        "none",
-        "--model",
-        args.model.resolve(),
-    ]
+    few = (["--max-new-tokens", 60], ["--batch-tokens", 600]) if args.quick else ([], [])
+    common = ["--data", args.data.resolve(), "--model", args.model.resolve(), "--device", "cpu", "--steps", args.steps]
+    common += ["--track", "none"]
     launch(processes, ROOT / "rl_train.py", *common, "--out", home / f"rl_{processes}", "--prompts", args.prompts,
-           "--k", args.k, "--eval-prompts", max(args.processes))  # fmt: skip
+           "--k", args.k, "--eval-prompts", max(args.processes), *few[0])  # fmt: skip
     launch(processes, ROOT / "pattern_learning.py", *common, "--mode", "zeroshot", "--out", home / f"sft_{processes}",
-           "--eval-prompts", max(args.processes))  # fmt: skip
+           "--eval-prompts", max(args.processes), *few[1])  # fmt: skip
     rl = [row for row in rows_of(home / f"rl_{processes}" / "metrics.jsonl") if row["step"] > 1]
     sft = rows_of(home / f"sft_{processes}" / "metrics.jsonl")[1:]
     found = {name: statistics.median(row[f"time/{name}"] for row in rl) for name in PHASES}
