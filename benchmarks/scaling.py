@@ -108,9 +108,9 @@ def main(args: Args) -> None:
                 "gradients_7m_s": small,
                 "gradients_124m_s": large,
                 "same_stories": statistics.fmean(a == b for a, b in zip(told[one], told[n], strict=True)),
+                "rl_speedup": figures[one]["step_s"] / figures[n]["step_s"],
+                "sft_speedup": figures[n]["sft_tokens_per_second"] / figures[one]["sft_tokens_per_second"],
             }
-            figures[n] |= {"rl_speedup": figures[one]["step_s"] / figures[n]["step_s"]}
-            figures[n] |= {"sft_speedup": figures[n]["sft_tokens_per_second"] / figures[one]["sft_tokens_per_second"]}
     for n, row in figures.items():
         print(f"{n} processes: " + ", ".join(f"{name} {value:.3g}" for name, value in row.items()))
     print(json.dumps({"bench": "scaling", **{str(n): row for n, row in figures.items()}}))
