@@ -39,12 +39,17 @@ def words_of(text: str) -> list[str]:
 
 def text_key(text: str) -> bytes:
     """Equal for texts that differ in case, punctuation and white space alone (8 bytes of BLAKE2b)."""
-    return blake2b(" ".join(words_of(text)).encode(), digest_size=8).digest()
+    return key_of(words_of(text))
 
 
-def story_sketch(text: str) -> np.ndarray:
-    """(STORY_BINS,) uint32: one-permutation MinHash of the five-word runs. Equal bins: the share of runs in common."""
-    words = np.array([zlib.crc32(word.encode()) for word in words_of(text)], dtype=np.uint64)
+def key_of(words: Sequence[str]) -> bytes:
+    """`text_key` of a text whose words are known."""
+    return blake2b(" ".join(words).encode(), digest_size=8).digest()
+
+
+def story_sketch(words: Sequence[str]) -> np.ndarray:
+    """(STORY_BINS,) uint32: one-permutation MinHash of the runs of five `words`. Equal bins: the share of runs in common."""
+    words = np.fromiter(map(zlib.crc32, map(str.encode, words)), np.uint64, len(words))
     if len(words) < 5:
         words = np.resize(words, 5) if len(words) else np.zeros(5, dtype=np.uint64)
     runs = np.zeros(len(words) - 4, dtype=np.uint64)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from storygen.cleaning import MOST_CHARACTERS, Bounds, clean_prompt, clean_row
 from storygen.corpus import SPLITS, split_of
-from storygen.duplicates import crossing_prompts, crossing_stories, story_sketch, text_key
+from storygen.duplicates import crossing_prompts, crossing_stories, key_of, story_sketch, text_key, words_of
 from storygen.workers import in_processes
 
 
@@ -66,7 +66,8 @@ def prepare_row(row: dict, bounds: Bounds) -> Prepared:
     split, story = split_of(clean["prompt"]), clean["story"]
     if story is None:
         return Prepared(split, row=clean, key=b"p" + text_key(clean["prompt"]))
-    return Prepared(split, row=clean, key=b"s" + text_key(story), sketch=story_sketch(story))
+    words = words_of(story)
+    return Prepared(split, row=clean, key=b"s" + key_of(words), sketch=story_sketch(words))
 
 
 class RowStore:

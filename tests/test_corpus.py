@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from storygen.cleaning import Bounds, clean_prompt, clean_row, clean_story
 from storygen.cli import InputError
 from storygen.corpus import Columns, load_manifest, load_prompts, load_sft, read_rows, split_of
-from storygen.duplicates import crossing_prompts, crossing_stories, story_sketch, text_key
+from storygen.duplicates import crossing_prompts, crossing_stories, story_sketch, text_key, words_of
 from storygen.rowstore import RowStore
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "writingprompts" / "train.jsonl"
@@ -43,6 +43,7 @@ def letters(text: str) -> str:
         ("He says `` I 've got millions . What else ? ''", 'He says "I\'ve got millions. What else?"'),
         ("The sword 's owner ca n't , wo n't and does n't care", "The sword's owner can't, won't and doesn't care"),
         ("You 're gon na lose $ 5M ( or 20 % ) .", "You're gonna lose $5M (or 20%)."),
+        ("'T was dark. They were n't were they ? What I don't is mine .", "'Twas dark. They weren't were they? What I don't is mine."),
         ("the `` save slot '' in your life", 'the "save slot" in your life'),
         ("A guy who doesn ’ t want to be president .", "A guy who doesn't want to be president."),
         ("punched '6666 ' into the others ' ritual", "punched '6666' into the others' ritual"),
@@ -336,7 +337,7 @@ def test_a_reposted_story_is_found_and_others_are_not():
     rng = random.Random(1)
     stories = [" ".join(f"w{rng.randrange(500)}" for _ in range(300)) for _ in range(200)]
     reposted = stories[0].upper().replace("W1 ", "") + " The End"
-    sketches = np.stack([story_sketch(s) for s in [*stories, reposted, "too short"]])
+    sketches = np.stack([story_sketch(words_of(s)) for s in [*stories, reposted, "too short"]])
     splits = ["train", *["test", "validation"] * 99, "train", "validation", "test"]
     assert crossing_stories(sketches, splits) == {0}
 
