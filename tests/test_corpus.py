@@ -43,7 +43,10 @@ def letters(text: str) -> str:
         ("He says `` I 've got millions . What else ? ''", 'He says "I\'ve got millions. What else?"'),
         ("The sword 's owner ca n't , wo n't and does n't care", "The sword's owner can't, won't and doesn't care"),
         ("You 're gon na lose $ 5M ( or 20 % ) .", "You're gonna lose $5M (or 20%)."),
-        ("'T was dark. They were n't were they ? What I don't is mine .", "'Twas dark. They weren't were they? What I don't is mine."),
+        (
+            "'T was dark. They were n't were they ? What I don't is mine .",
+            "'Twas dark. They weren't were they? What I don't is mine.",
+        ),
         ("the `` save slot '' in your life", 'the "save slot" in your life'),
         ("A guy who doesn ’ t want to be president .", "A guy who doesn't want to be president."),
         ("punched '6666 ' into the others ' ritual", "punched '6666' into the others' ritual"),
