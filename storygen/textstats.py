@@ -11,6 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
@@ -137,6 +138,7 @@ def skeleton(text: str) -> list[str]:
     return ["."] + [shape(token) for token in TOKEN.findall(seen(text))]
 
 
+@lru_cache(1 << 16)
 def shape(token: str) -> str:
     if token in STOP_WORDS:
         return token
