@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import NewGELUActivation
@@ -112,12 +113,11 @@ def load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Opti
     A torn or altered checkpoint is named on stderr and the one before it is used.
     """
     for path in reversed(checkpoints(folder)):
-        fault = _fault(path)
-        if fault:
-            print(f"warning: checkpoint {path} is damaged ({fault}); trying the one before", file=sys.stderr)
+        try:
+            weights, moments, state = _read(path)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+            print(f"warning: checkpoint {path} is damaged ({error}); trying the one before", file=sys.stderr)
             continue
-        weights = load_file(path / "model.safetensors")
-        moments = load_file(path / "optimizer.safetensors")
         with torch.no_grad():
             for name, parameter in _own_parameters(model).items():
                 if name not in weights or weights[name].shape != parameter.shape:
@@ -133,7 +133,7 @@ def load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Opti
                     optimizer.state[parameter] = {
                         k: v.to(parameter.device) if k != "step" or group.get("fused") else v for k, v in own.items()
                     }
-        return json.loads((path / "state.json").read_text())
+        return state
     return None
 
 
@@ -143,15 +143,19 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def _fault(path: Path) -> str | None:
-    try:
-        sums = json.loads((path / "manifest.json").read_text())["sha256"]
-        for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
-            if file_sha256(path / name) != sums[name]:
-                return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict]:
+    """Weights, moments and state of a checkpoint, nothing of which is parsed before its checksum is found right.
+
+    Raises ValueError for another checksum, else what reading a file raises that is missing or none of its kind.
+    """
+    sums = json.loads((path / "manifest.json").read_text())["sha256"]
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        if file_sha256(path / name) != sums[name]:
+            raise ValueError(f"{name} does not match its checksum")
+    state = json.loads((path / "state.json").read_text())
+    if not isinstance(state, dict):
+        raise TypeError("state.json is no state")
+    return load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors"), state
 
 
 def _own_parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:

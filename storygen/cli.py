@@ -17,7 +17,7 @@ class InputError(Exception):
     """Something the user gave cannot be used. The message is one line: what is wrong, where, and what to do."""
 
 
-# What a disk says that takes no more.
+# What is said of a write that is refused.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -63,7 +63,7 @@ def run(main: Callable[[Any], None], args_type: Any) -> None:
         if lost_process(error):
             say, code = "another process of this run has ended; start it again, rl_train.py with --resume, to go on", 1
         elif refused := disk_error(error):
-            say, code = f"the disk takes no more ({refused}): make room, or give another --out; what was whole still is", 2
+            say, code = f"cannot write ({refused}): make room or allow it, or give another --out; what was whole still is", 2
         else:
             raise
         print(f"error: {say}", file=sys.stderr)

@@ -217,7 +217,7 @@ def test_a_disk_that_takes_no_more_is_one_line(tmp_path, made, kilobytes, at_the
     before = with_earlier(tmp_path, made)
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (kilobytes * 1000, kilobytes * 1000))
     done = as_a_process("--preset", "demo", "--out", tmp_path / "out", "--limit", 40, preexec_fn=limit)
-    assert done.returncode == 2 and done.stderr.startswith("error: the disk takes no more (File too large"), done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("error: cannot write (File too large"), done.stderr
     assert done.stderr.count("\n") == 1 and ("calibration, with" in done.stdout) == at_the_end
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.lock"}

@@ -1,5 +1,7 @@
 """Log-probabilities, batches and checkpoints: what fine-tuning and RL stand on."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from pattern_learning import Args, Row, loss_sum, over_micro_batches
 from storygen.batching import token_budget_batches
 from storygen.checkpoint import checkpoints, load_model, load_state, save_model, save_state
-from storygen.cli import InputError
+from storygen.cli import InputError, file_sha256
 from storygen.logprobs import check_forward, response_logps
 from tests.conftest import tiny_gpt2
 
@@ -126,6 +128,31 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys
         file.write_bytes(data[: len(data) // 2])
     assert load_state(tmp_path, model, optimizer)["step"] == 1
     assert "step_000002" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("manifest.json", "[" * 10_000),
+        ("manifest.json", '{"sha256": [1, 2]}'),
+        ("state.json", "[1, 2]"),
+        ("state.json", '{"a":' * 10_000),
+        ("model.safetensors", "no tensors at all"),
+        ("optimizer.safetensors", "\x00\x00\x00\x00\x00\x00\x00\x70{}"),
+    ],
+)
+def test_forged_checkpoint_is_passed_over_whatever_its_checksums_say(tmp_path, capsys, name, content):
+    model, _, optimizer = make_run()
+    training_step(model, optimizer, 0, 1)
+    for step in (1, 2):
+        save_state(tmp_path, step, model, optimizer, {})
+    folder = tmp_path / "step_000002"
+    (folder / name).write_text(content)
+    if name != "manifest.json":
+        sums = {file.name: file_sha256(file) for file in folder.iterdir()}
+        (folder / "manifest.json").write_text(json.dumps({"sha256": sums}))
+    assert load_state(tmp_path, model, optimizer)["step"] == 1
+    assert "step_000002 is damaged" in capsys.readouterr().err
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path):
