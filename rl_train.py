@@ -398,6 +398,7 @@ def main(args: Args) -> None:
         metrics = Log(args.out / "metrics.jsonl", state["metrics_size"])
         samples_log = Log(args.out / "samples.jsonl", state["samples_size"])
     interrupt = Interrupt()
+    optimizer.register_step_pre_hook(lambda *_: interrupt.wait())
     weights = torch.tensor(list(args.reward.weights().values()))
     human_median = reward.calibration.quantile("story_words", 50)
 
@@ -467,24 +468,23 @@ def main(args: Args) -> None:
         for step in range(state["step"] + 1, args.steps + 1):
             clock = time.perf_counter()
             try:
-                # Nothing has been learnt yet: a request to stop need not wait. Several processes agree at the step's end.
+                # Up to the first optimizer step a request to stop need not wait. Several processes agree at the step's end.
                 with interrupt.at_once() if processes.num_processes == 1 else nullcontext():
                     batch = own_rollout(step_prompts(prompts, step, args), args.k, (args.seed, step))
                     own = samples_of(batch)
                     sampled = time.perf_counter()
                     own_scores = reward(own, state["length_target"])
+                    samples, scores = gather(own), gather(own_scores)
+                    rewards = torch.tensor([s.reward for s in scores]).view(args.prompts, args.k)
+                    by_part = torch.tensor([part_rewards(s, args.reward) for s in scores]).T.view(-1, args.prompts, args.k)
+                    advantage = advantages(rewards, args.advantage, by_part, weights)
+                    scored = time.perf_counter()
+                    learnt = learn(
+                        model, reference, optimizer, batch, advantage[mine.start : mine.stop], mine, state["beta"], step,
+                        args, pattern, dtype,
+                    )  # fmt: skip
             except Stopped:
                 leave(step - 1)
-            samples, scores = gather(own), gather(own_scores)
-            rewards = torch.tensor([s.reward for s in scores]).view(args.prompts, args.k)
-            by_part = torch.tensor([part_rewards(s, args.reward) for s in scores]).T.view(-1, args.prompts, args.k)
-            advantage = advantages(rewards, args.advantage, by_part, weights)
-            scored = time.perf_counter()
-            try:
-                learnt = learn(
-                    model, reference, optimizer, batch, advantage[mine.start : mine.stop], mine, state["beta"], step, args,
-                    pattern, dtype,
-                )  # fmt: skip
             except ForeignSamples as error:
                 if step > 1:
                     save(step - 1)

@@ -195,6 +195,10 @@ class Interrupt:
             raise Stopped
         print("\nstopping as soon as this step is done; Ctrl-C again leaves at once", file=sys.stderr)
 
+    def wait(self) -> None:
+        """From here to the end of the `at_once` block something changes: a request to stop has to wait for the next safe point."""
+        self._raises = False
+
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Of work that changes nothing and can be done again: a request to stop raises `Stopped` in the midst of it."""

@@ -233,6 +233,41 @@ def test_killed_run_resumes_to_the_same_bytes(whole_run, zeroshot, home, signals
     assert (out / "final/model.safetensors").read_bytes() == (whole_run / "final/model.safetensors").read_bytes()
 
 
+SIGNALLED = """
+import os, signal, sys
+import rl_train
+from storygen.cli import run
+
+loss, calls, last = rl_train.policy_loss, [], int(sys.argv.pop(1))
+
+def signalled(*arguments, **named):
+    calls.append(len(calls) + 1)
+    if calls[-1] == last:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return loss(*arguments, **named)
+
+rl_train.policy_loss = signalled
+try:
+    run(rl_train.main, rl_train.Args)
+finally:
+    print("losses", len(calls))
+"""
+
+
+@pytest.mark.parametrize(("call", "losses", "step"), [(3, 3, 1), (4, 4, 2)])
+def test_a_signal_while_it_learns_ends_the_step_only_where_weights_have_changed(
+    whole_run, zeroshot, home, call, losses, step
+):
+    """Two minibatches a step, of one loss each: the third call stands before the second step's first change, the fourth after."""
+    arguments = ["--data", home / "data", "--model", zeroshot, "--out", home / f"rl_call_{call}", "--resume", *RL]
+    done = launch("-c", SIGNALLED, call, *arguments)
+    assert done.returncode == 143 and f"stopped at step {step};" in done.stderr and f"losses {losses}" in done.stdout
+    done = launch("rl_train.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    final = "final/model.safetensors"
+    assert (home / f"rl_call_{call}" / final).read_bytes() == (whole_run / final).read_bytes()
+
+
 def test_two_processes_and_then_one_take_the_steps_of_one(whole_run, zeroshot, home):
     """To rounding, which may turn a draw between two words: step 1's samples are equal, all later ones have equal prompts."""
     out = home / "rl_shared"
