@@ -31,7 +31,7 @@ from storygen.checkpoint import Interrupt, load_model, load_state, save_model, s
 from storygen.cli import InputError, as_json, claim, fill, pick_device, run, write_atomically
 from storygen.corpus import load_manifest, load_sft
 from storygen.logprobs import Precision, cast_once, check_head, pick_dtype, response_logps
-from storygen.memory import Shape, free_memory, halve_until_it_fits, keep_freed_memory, plan
+from storygen.memory import Shape, free_memory, halve_until_it_fits, keep_freed_memory, peak_memory, plan
 from storygen.pattern import Pattern, add_pattern_tokens, context_length
 from storygen.processes import add, add_gradients, deal, gather, join, share
 from storygen.sampler import sample
@@ -403,7 +403,7 @@ def main(args: Args) -> None:
     if args.push_to_hub:
         print(push(args.out, args.push_to_hub))
     print(f"{args.out}: best validation objective {best_loss:.3f}; at the last step {last['val_loss']:.3f} nats a token and "
-          f"{last['well_formed']:.0%} of samples well-formed")  # fmt: skip
+          f"{last['well_formed']:.0%} of samples well-formed; peak memory {peak_memory(device):.1f} GB")  # fmt: skip
 
 
 if __name__ == "__main__":

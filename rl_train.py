@@ -44,7 +44,7 @@ from storygen.checkpoint import (
 from storygen.cli import InputError, as_json, claim, fill, pick_device, run, write_atomically
 from storygen.corpus import load_manifest, load_prompts, load_sft
 from storygen.logprobs import Precision, cast_once, check_forward, check_head, pick_dtype, response_logps
-from storygen.memory import Shape, free_memory, halve_until_it_fits, keep_freed_memory, plan
+from storygen.memory import Shape, free_memory, halve_until_it_fits, keep_freed_memory, peak_memory, plan
 from storygen.pattern import Pattern, context_length
 from storygen.ppo import Advantage, adapt_beta, advantages, next_length_target, policy_loss
 from storygen.processes import add, add_gradients, gather, join, share
@@ -560,7 +560,9 @@ def main(args: Args) -> None:
     report = write_report(args.out)
     if args.push_to_hub:
         print(push(args.out / "final", args.push_to_hub))
-    print(f"{args.out}/final: held-out reward {state['eval_reward']:.3f}; report: {report}")
+    print(
+        f"{args.out}/final: held-out reward {state['eval_reward']:.3f}; peak memory {peak_memory(device):.1f} GB; report: {report}"
+    )
 
 
 def next_state(state: dict, samples: list[Sample], scores: list[Score], kl: float, skipped: int, args: Args) -> dict:

@@ -19,6 +19,7 @@ calibration, rest    of fixed sample size, or loading: taken as they are. Under 
 
 projected_minutes    of preparing 272,600 rows that lie on disk; the outline set's own rows, some seconds, are left out
 rows_per_s           of each stage whose time grows with the rows
+peak_gb              peak memory of this process, its own list of all prompts included; cleaning processes come on top
 calibration_s        of the calibration in the projection
 """
 
@@ -51,6 +52,7 @@ from storygen.calibration import PROBE_TEXTS
 from storygen.cleaning import clean_prompt
 from storygen.corpus import read_rows, split_of
 from storygen.duplicates import crossing_prompts
+from storygen.memory import peak_memory
 
 WHOLE = 272_600  # rows of euclaise/writingprompts
 WORD = re.compile(r"(?<= )[a-z]+(?= )")
@@ -214,6 +216,7 @@ def main(args: Args) -> None:
         "projected_minutes": total,
         "rows_per_s": {stage.replace(" ", "_"): rate for stage, rate in rates.items()},
         "calibration_s": statistics.median(fixed["calibration"]) * scale["calibration"],
+        "peak_gb": peak_memory(),
     }))  # fmt: skip
 
 

@@ -39,7 +39,7 @@ import tyro
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 from storygen.bertscore import backend, load_encoder
 from storygen.idf import build_idf
-from storygen.memory import keep_freed_memory
+from storygen.memory import keep_freed_memory, peak_memory
 
 SENTENCE_END = re.compile(r"(?<=[.!?”’\"'])\s+|\n+")
 SHORT = 300  # words of a document that fits the library's 512 tokens
@@ -102,11 +102,6 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - clock
 
 
-def peak_gb() -> float:
-    # Not ru_maxrss, which a child inherits from the process that started it.
-    return int(Path("/proc/self/status").read_text("ascii").partition("VmHWM:")[2].split()[0]) / 1e6
-
-
 def alone(args: Args) -> dict:
     """The largest build in a process of its own."""
     command = [sys.executable, __file__, "--only", "--prose", args.prose]
@@ -133,8 +128,11 @@ def main(args: Args) -> None:
     keep_freed_memory()  # as data_prep does
     if args.only:
         prose, tokenizer = Prose(args.prose), load_encoder().tokenizer
-        before, took = peak_gb(), seconds(lambda: build_idf(tokenizer, prose.documents(args.largest, args.words, args.seed)))
-        print(json.dumps({"texts_per_s": args.largest / took, "before_gb": before, "peak_gb": peak_gb()}))
+        before, took = (
+            peak_memory(),
+            seconds(lambda: build_idf(tokenizer, prose.documents(args.largest, args.words, args.seed))),
+        )
+        print(json.dumps({"texts_per_s": args.largest / took, "before_gb": before, "peak_gb": peak_memory()}))
         return
     large = alone(args)
 

@@ -12,6 +12,7 @@ ratio_shared_once    the same without the rescoring
 ratio_default_layer  as ratio_unique, with ours at its default layer
 ratio_rescore        the samples of ratio_shared under other weights: ours from the logged measurements, the library anew
 samples_per_s        the whole reward, measures and guards included, on samples of the corpus's own lengths
+peak_gb              peak memory of this process, both sides in it
 """
 
 import json
@@ -31,6 +32,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root's reward.py, 
 from rew_config import Length
 from reward import Reward, Sample
 from storygen.bertscore import MINILM_LAYER, Encoder, Tf, load_encoder, minilm_folder, precision_recall_f1
+from storygen.memory import peak_memory
 
 LAST_LAYER = 6
 BATCH_SIZES = (8, 16, 32, 64)
@@ -134,6 +136,7 @@ def main(args: Args) -> None:
         "ratio_rescore": middle["library, shared texts"] / middle["ours, rescored"],
         "samples_per_s": rate,
         "library_batch_size": batch,
+        "peak_gb": peak_memory(),
     }))  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from reward import Reward, Sample
 from storygen.checkpoint import load_model
 from storygen.corpus import load_prompts
 from storygen.logprobs import pick_dtype
-from storygen.memory import keep_freed_memory
+from storygen.memory import keep_freed_memory, peak_memory
 from storygen.pattern import Pattern, context_length
 from storygen.ppo import adapt_beta, advantages
 from storygen.rollout import rollout
@@ -173,9 +173,7 @@ def main(args: Args) -> None:
     if args.only:
         side, lengths = args.only
         compare(args, lengths, (side,))
-        # Not ru_maxrss, which a child inherits from the process that started it.
-        status = Path("/proc/self/status").read_text("ascii")
-        print(json.dumps({"peak_gb": int(status.partition("VmHWM:")[2].split()[0]) / 1e6}))
+        print(json.dumps({"peak_gb": peak_memory()}))
         return
     model, _ = load_model(args.model, "cpu")
     dtype = pick_dtype("auto", "cpu")

@@ -10,6 +10,7 @@ weights, whose end token is made likely enough that rows have 150 tokens on aver
 ratio_b1, ratio_b32_fixed, ratio_b32_spread   `generate`'s seconds over ours, medians, for --model (`gpt2_…`: for GPT-2)
 roofline_b32                                  share of our time, at batch 32 and fixed length, that arithmetic or memory traffic
                                               alone would take at the rates of a large product and a large copy here
+peak_gb                                       peak memory of this process, both sides in it
 """
 
 import json
@@ -30,6 +31,7 @@ from storygen.checkpoint import load_model
 from storygen.cli import pick_device
 from storygen.corpus import load_prompts
 from storygen.logprobs import autocast, pick_dtype
+from storygen.memory import peak_memory
 from storygen.pattern import Pattern, add_pattern_tokens
 from storygen.sampler import sample
 
@@ -185,7 +187,7 @@ def main(args: Args) -> None:
         model, pattern = random_gpt2(args.gpt2_tokenizer)
         found = measure("gpt2", model.to(device), pattern, args, dtype)
         figures |= {f"gpt2_{key}": value for key, value in found.items()}
-    print(json.dumps({"bench": "sampler", **figures}))
+    print(json.dumps({"bench": "sampler", **figures, "peak_gb": peak_memory(device)}))
 
 
 if __name__ == "__main__":

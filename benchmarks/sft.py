@@ -8,6 +8,7 @@ row; `grouped` is the Trainer with batches of like length, which needs an order 
 of like length and projects response tokens alone. Tokens are those of rows, padding not counted.
 
 ratio_vs_trainer, ratio_vs_grouped   our tokens/s over theirs, medians over rounds
+peak_gb                              peak memory of this process, all three sides in it
 loss_gap                             largest difference between our loss of a step and `trainer`'s on the same rows
 """
 
@@ -28,7 +29,7 @@ from storygen.batching import token_budget_batches
 from storygen.checkpoint import load_model
 from storygen.corpus import load_sft
 from storygen.logprobs import cast_once, pick_dtype, response_logps
-from storygen.memory import keep_freed_memory
+from storygen.memory import keep_freed_memory, peak_memory
 from storygen.pattern import Pattern, context_length
 
 
@@ -153,6 +154,7 @@ def main(args: Args) -> None:
         "ratio_vs_trainer": middle["ours"] / middle["trainer"],
         "ratio_vs_grouped": middle["ours"] / middle["grouped"],
         "loss_gap": gap,
+        "peak_gb": peak_memory(),
     }))  # fmt: skip
 
 

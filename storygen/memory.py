@@ -6,9 +6,11 @@ Counted, not measured, from the model's shape; all figures in bytes. docs/perfor
 import ctypes
 import gc
 import os
+import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -136,6 +138,16 @@ def free_memory(device: str | torch.device) -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes here
+
+
+def peak_memory(device: str | torch.device = "cpu") -> float:
+    """GB that this process has held at most so far: of the GPU, by its allocator, or else of the machine's memory."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 1e9
+    status = Path("/proc/self/status")
+    if status.exists():  # not ru_maxrss, which a child inherits from the process that started it
+        return int(status.read_text("ascii").partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS: bytes
 
 
 def halve_until_it_fits(settings: Any, name: str, least: int, work: Callable[[int], Result]) -> Result:
