@@ -38,26 +38,27 @@ class Args:
     steps: int = 3
     """Optimizer steps of each stage of fine-tuning, and of RL."""
     quick: bool = False
-    """2 layers, 1 step of few tokens, 30 rows."""
+    """2 layers, 1 step of few tokens, 30 rows; data preparation, the one-shot stage and RL alone."""
 
 
 def commands(home: Path, args: Args) -> list[list[str]]:
     steps = ["--steps", args.steps]
     tokens, new, held_out, limit = (1500, 30, 1, ["--limit", 30]) if args.quick else (8192, 300, 4, [])
     learn = [*steps, "--batch-tokens", tokens, "--eval-prompts", held_out, "--data", home / "data"]
-    return [
+    every = [
         [str(part) for part in command]
         for command in (
             ["data_prep.py", "--preset", "gpt2", "--source", args.rows.resolve(), "--outlines", "corpus", "--out", home / "data", *limit],
             ["pattern_learning.py", "--mode", "oneshot", "--model", home / "base", "--out", home / "oneshot", *learn],
             ["pattern_learning.py", "--mode", "zeroshot", "--model", home / "oneshot", "--out", home / "zeroshot", *learn],
-            ["rl_train.py", "--data", home / "data", "--model", home / "zeroshot", "--out", home / "rl", *steps,
+            ["rl_train.py", "--data", home / "data", "--model", home / ("oneshot" if args.quick else "zeroshot"), "--out", home / "rl", *steps,
              "--prompts", 4, "--k", 4, "--max-new-tokens", new, "--eval-prompts", held_out],
             ["evaluate.py", home / "rl/final", "--data", home / "data", "--out", home / "evaluation", "--prompts", 2, "--num", 1,
              "--no-unplanned"],
             ["generate.py", "A dog learns to read.", "--model", home / "rl/final"],
         )
     ]  # fmt: skip
+    return [every[0], every[1], every[3]] if args.quick else every
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -84,7 +85,7 @@ def main(args: Args) -> None:
             memory = next((line for line in said.splitlines() if line.startswith("memory, GB")), "")
             stages[name] = {"seconds": round(time.perf_counter() - begin), "peak_gb": round(usage.ru_maxrss * 1024 / 1e9, 2)}
             print(f"{name:40} {stages[name]['seconds']:5} s   peak {stages[name]['peak_gb']:.2f} GB   {memory}", flush=True)
-        for name in ("oneshot", "zeroshot"):
+        for name in ("oneshot",) if args.quick else ("oneshot", "zeroshot"):
             fastest = max(row["tokens_per_second"] for row in rows_of(home / name / "metrics.jsonl"))
             stages[f"pattern_learning.py --mode {name}"]["tokens_per_second"] = round(fastest)
         last = rows_of(home / "rl" / "metrics.jsonl")[-1]

@@ -49,10 +49,12 @@ class Args:
     """Processes to kill, at least."""
     steps: int = 4
     """Steps of a run."""
+    new_tokens: int = 200
+    """Longest response."""
     seed: int = 0
     """Draws the moments."""
     quick: bool = False
-    """2 kills of runs of 2 steps."""
+    """2 kills of runs of 2 steps, responses of at most 60 tokens."""
 
 
 class Told:
@@ -97,6 +99,10 @@ def start(settings: rl_train.Args, told: Told) -> int:
             return told.wrap(phase, plain)(model, pattern, prompts, *args, **kwargs)
 
         rl_train.rollout = rollout
+        human = rl_train.load_sft
+        rl_train.load_sft = lambda *where: human(*where)[
+            :8
+        ]  # scored at the start of every run, which is not what is killed here
         Reward.__call__ = told.wrap("reward", Reward.__call__)
         rl_train.learn = told.wrap("update", rl_train.learn)
         rl_train.save_state = told.wrap("checkpoint", rl_train.save_state)
@@ -140,13 +146,13 @@ def outcome(out: Path) -> dict[str, object]:
 
 def main(args: Args) -> None:
     if args.quick:
-        args = replace(args, kills=2, steps=2)
+        args = replace(args, kills=2, steps=2, new_tokens=60)
     torch.set_num_threads(1)  # a fork has no other threads
     rng, told, killed, differences, ended = random.Random(args.seed), Told(), Counter(), Counter(), 0
     with tempfile.TemporaryDirectory() as folder, tqdm(total=args.kills, unit="kill", disable=None) as bar:
         settings = rl_train.Args(
             data=args.data, model=args.model, out=Path(folder) / "reference", steps=args.steps, prompts=2, k=2, eval_every=1,
-            eval_prompts=2, save_every=1, max_new_tokens=200, resume=True, device="cpu", show_every=10**6,
+            eval_prompts=2, save_every=1, max_new_tokens=args.new_tokens, resume=True, device="cpu", show_every=10**6,
         )  # fmt: skip
         _, status = os.waitpid(start(settings, told), 0)
         if status:

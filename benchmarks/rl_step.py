@@ -135,13 +135,20 @@ def compare(args: Args, lengths: str, sides: tuple[str, ...] = ("ours", "trl")) 
     return {side: figures[1:] for side, figures in found.items()}
 
 
-def peak_gb(args: Args, side: str) -> float:
-    """Peak memory of one side alone, GB."""
+def peaks_gb(args: Args) -> dict[str, float]:
+    """Peak memory of each side in a process of its own, GB. Both run at once: nothing is timed."""
     flags = {"data": args.data, "model": args.model, "prompts": args.prompts, "k": args.k, "new-tokens": args.new_tokens}
-    command = [sys.executable, __file__, "--steps", 1, "--only", side, "spread", *(["--quick"] if args.quick else [])]
-    command += [word for name, value in flags.items() for word in (f"--{name}", value)]
-    done = subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])["peak_gb"]
+    flags |= {"steps": 1}
+    command = [sys.executable, __file__, *(word for name, value in flags.items() for word in (f"--{name}", value))]
+    command += ["--quick"] if args.quick else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two of them with all threads each would wait for one another
+    started = {
+        key: subprocess.Popen(
+            [*map(str, command), "--only", side, "spread"], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        for key, side in (("peak_gb", "ours"), ("peak_gb_peer", "trl"))
+    }
+    return {key: json.loads(process.communicate()[0].splitlines()[-1])["peak_gb"] for key, process in started.items()}
 
 
 def arithmetic_seconds(model, tokens: float, rate: float) -> float:
@@ -197,7 +204,7 @@ def main(args: Args) -> None:
                 print(f"{'':8} {'':6} {share:.0%} of the time is what the matrix products take")
         middles = {side: statistics.median(s["seconds"] for s in steps) for side, steps in found.items()}
         figures[f"ratio_{lengths}"] = middles["trl"] / middles["ours"]
-    peaks = {"peak_gb": peak_gb(args, "ours"), "peak_gb_peer": peak_gb(args, "trl")}
+    peaks = peaks_gb(args)
     print(f"peak memory, GB: ours {peaks['peak_gb']:.2f}, TRL {peaks['peak_gb_peer']:.2f}")
     print(json.dumps({"bench": "rl_step", **figures, **peaks, "threads": torch.get_num_threads(), "cores": os.cpu_count()}))
 

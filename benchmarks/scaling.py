@@ -42,14 +42,16 @@ class Args:
     prompts: int = 12
     k: int = 8
     quick: bool = False
-    """2 steps of 4 prompts x 2 samples of up to 60 tokens, and of fine-tuning on few tokens."""
+    """RL alone, 2 steps of 4 prompts x 2 samples of up to 60 tokens."""
 
 
 def launch(processes: int, *command: object) -> str:
     """What the first of the processes prints."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    done = subprocess.run([*torchrun, *map(str, command)], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, *torchrun, *map(str, command)], capture_output=True, text=True, env=environment, check=False
+    )
     if done.returncode:
         sys.exit(done.stderr)
     return done.stdout
@@ -61,16 +63,18 @@ def rows_of(path: Path) -> list[dict]:
 
 def measure(processes: int, home: Path, args: Args) -> dict[str, float]:
     """Medians over the steps after the first."""
-    few = (["--max-new-tokens", 60], ["--batch-tokens", 600]) if args.quick else ([], [])
+    few = ["--max-new-tokens", 60] if args.quick else []
     common = ["--data", args.data.resolve(), "--model", args.model.resolve(), "--device", "cpu", "--steps", args.steps]
     common += ["--track", "none"]
     launch(processes, ROOT / "rl_train.py", *common, "--out", home / f"rl_{processes}", "--prompts", args.prompts,
-           "--k", args.k, "--eval-prompts", max(args.processes), *few[0])  # fmt: skip
-    launch(processes, ROOT / "pattern_learning.py", *common, "--mode", "zeroshot", "--out", home / f"sft_{processes}",
-           "--eval-prompts", max(args.processes), *few[1])  # fmt: skip
+           "--k", args.k, "--eval-prompts", max(args.processes), *few)  # fmt: skip
     rl = [row for row in rows_of(home / f"rl_{processes}" / "metrics.jsonl") if row["step"] > 1]
-    sft = rows_of(home / f"sft_{processes}" / "metrics.jsonl")[1:]
     found = {name: statistics.median(row[f"time/{name}"] for row in rl) for name in PHASES}
+    if args.quick:
+        return found
+    launch(processes, ROOT / "pattern_learning.py", *common, "--mode", "zeroshot", "--out", home / f"sft_{processes}",
+           "--eval-prompts", max(args.processes))  # fmt: skip
+    sft = rows_of(home / f"sft_{processes}" / "metrics.jsonl")[1:]
     return found | {"sft_tokens_per_second": statistics.median(row["tokens_per_second"] for row in sft)}
 
 
@@ -103,12 +107,16 @@ def main(args: Args) -> None:
                 m: [row["story"] for row in rows_of(home / f"rl_{m}" / "samples.jsonl") if row["step"] == 1]
                 for m in (one, n)
             }
+            figures[n] |= {
+                "same_stories": statistics.fmean(a == b for a, b in zip(told[one], told[n], strict=True)),
+                "rl_speedup": figures[one]["step_s"] / figures[n]["step_s"],
+            }
+            if args.quick:
+                continue
             small, large = (float(line) for line in launch(n, __file__, "gradients").split())
             figures[n] |= {
                 "gradients_7m_s": small,
                 "gradients_124m_s": large,
-                "same_stories": statistics.fmean(a == b for a, b in zip(told[one], told[n], strict=True)),
-                "rl_speedup": figures[one]["step_s"] / figures[n]["step_s"],
                 "sft_speedup": figures[n]["sft_tokens_per_second"] / figures[one]["sft_tokens_per_second"],
             }
     for n, row in figures.items():

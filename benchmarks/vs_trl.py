@@ -60,7 +60,7 @@ class Args:
     max_new_tokens: int | None = None
     """Cap on a response; default: the context less the longest prompt."""
     quick: bool = False
-    """One seed, two steps of 2 x 4 samples of at most 300 tokens, ours and GRPO."""
+    """One seed, two steps of 2 x 4 samples of at most 200 tokens, ours and GRPO."""
 
 
 def run_side(side: str, seed: int, args: Args, reward: Reward) -> list[dict[str, float]]:
@@ -140,8 +140,8 @@ def main(args: Args) -> None:
             prompts=2,
             k=4,
             eval_every=2,
-            eval_prompts=16,
-            max_new_tokens=300,
+            eval_prompts=8,
+            max_new_tokens=200,
             out=Path(tempfile.mkdtemp()),
         )
     reward, path = Reward.load(args.data), args.out / "curves.json"
