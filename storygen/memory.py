@@ -137,7 +137,28 @@ def free_memory(device: str | torch.device) -> int:
     """Bytes that this process may take on a device."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes here
+    free = min([psutil.virtual_memory().available, *free_in_container()])
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes here
+
+
+def free_in_container(cgroup: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes left under a container's own limit, which the machine's figures do not know of: one value, or none where none is set."""
+    for limit, used, cache, folder in (
+        ("memory.max", "memory.current", "inactive_file", cgroup),
+        (
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+            cgroup / "memory",
+        ),  # the kernel's first version
+    ):
+        try:
+            most, taken = int((folder / limit).read_text()), int((folder / used).read_text())
+            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            return [max(0, most - taken + int(counts[cache]))]  # pages of files that nobody reads go when memory is short
+        except (OSError, ValueError, KeyError):  # not there, or "max": no limit
+            continue
+    return []
 
 
 def peak_memory(device: str | torch.device = "cpu") -> float:

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from storygen.attention import PLAIN
 from storygen.cli import InputError
 from storygen.logprobs import response_logps
-from storygen.memory import MARGIN, Shape, activations, plan
+from storygen.memory import MARGIN, Shape, activations, free_in_container, plan
 
 GPT2 = Shape(parameters=124_439_808, vocabulary=50_304, layers=12, width=768, heads=12, context=1024)
 LAW = {"rl": True, "dtype": torch.bfloat16, "on_cpu": False, "attention": "sdpa"}
@@ -62,6 +62,25 @@ def test_plans_fit_and_take_no_more_than_was_asked_for(gigabytes, rows, micro_to
 def test_what_cannot_fit_is_refused_with_both_figures():
     with pytest.raises(InputError, match=r"needs 4\.\d GB with one row at a time, and 1\.0 GB are free"):
         plan(GPT2, rows=64, micro_tokens=8192, available=10**9, **LAW)
+
+
+@pytest.mark.parametrize("limit, free", [("4000\n", [2600]), ("max\n", []), ("9223372036854771712\n", None)])
+def test_a_container_has_what_its_limit_leaves(tmp_path, limit, free):
+    """Of 4,000 bytes 1,500 are taken, 100 of them by pages that would be given back."""
+    names = {
+        tmp_path: ("memory.max", "memory.current", "inactive_file"),
+        tmp_path / "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    }
+    for folder, (most, used, cache) in names.items():
+        home = tmp_path / folder.name / "fs"
+        inside = home / "memory" if folder.name == "memory" else home
+        inside.mkdir(parents=True)
+        (inside / most).write_text(limit)
+        (inside / used).write_text("1500\n")
+        (inside / "memory.stat").write_text(f"anon 1200\n{cache} 100\n")
+        found = free_in_container(home)
+        assert found == free if free is not None else found[0] > 2**62
+    assert free_in_container(tmp_path / "none") == []
 
 
 def test_freed_memory_is_kept():
