@@ -28,7 +28,7 @@ import torch
 from storygen.batching import token_budget_batches
 from storygen.card import push, write_card
 from storygen.checkpoint import Interrupt, load_model, load_state, save_model, save_state
-from storygen.cli import InputError, as_json, claim, fill, pick_device, run, write_atomically
+from storygen.cli import InputError, as_json, check_flags, claim, fill, pick_device, run, write_atomically
 from storygen.corpus import load_manifest, load_sft
 from storygen.logprobs import Precision, cast_once, check_head, pick_dtype, response_logps
 from storygen.memory import Shape, free_memory, halve_until_it_fits, keep_freed_memory, peak_memory, plan
@@ -119,6 +119,12 @@ BASE_MODELS = {
     "demo": (str(ROOT / "base_model"), None),
     "gpt2": ("openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"),
 }
+
+COUNTS = dict.fromkeys(
+    ("steps", "warmup", "batch_tokens", "micro_tokens", "eval_every", "eval_prompts", "rows", "save_every"), 1
+)
+LEAST = dict.fromkeys(("dropout", "drill_share", "tag_weight", "weight_decay", "seed"), 0)
+ABOVE_ZERO = ("lr", "adam_eps", "max_grad_norm")
 
 
 @dataclass(frozen=True)
@@ -240,10 +246,9 @@ def main(args: Args) -> None:
     if args.model is None and args.mode == "oneshot":
         args.model, args.revision = BASE_MODELS[preset]
     args.model = args.model or "artifacts/oneshot"
-    if args.drill_share < 0:
-        raise InputError(f"--drill-share must be 0 or more, not {args.drill_share:g}")
-    if args.steps < 1 or args.batch_tokens < 1 or args.micro_tokens < 1 or args.eval_every < 1 or args.rows < 1:
-        raise InputError("--steps, --batch-tokens, --micro-tokens, --rows and --eval-every must be at least 1")
+    check_flags(args, COUNTS | LEAST, ABOVE_ZERO)
+    if args.dropout >= 1:
+        raise InputError(f"--dropout must be below 1, not {args.dropout:g}")
     dtype = pick_dtype(args.precision, device)
     print(json.dumps(as_json(args)))
     config = {name: value for name, value in as_json(args).items() if name not in ("track", "push_to_hub")}

@@ -41,7 +41,7 @@ from storygen.checkpoint import (
     save_state,
     weights_sha256,
 )
-from storygen.cli import InputError, as_json, claim, fill, pick_device, run, write_atomically
+from storygen.cli import InputError, as_json, check_flags, claim, fill, pick_device, run, write_atomically
 from storygen.corpus import load_manifest, load_prompts, load_sft
 from storygen.logprobs import Precision, cast_once, check_forward, check_head, pick_dtype, response_logps
 from storygen.memory import Shape, free_memory, halve_until_it_fits, keep_freed_memory, peak_memory, plan
@@ -150,6 +150,13 @@ RECIPES = {
     # 1e-5 and 256 samples a step: TRL's PPO when it was made for GPT-2 (huggingface.co/docs/trl/v0.4.1/trainer); K as its GRPO's.
     "gpt2": Recipe(steps=500, prompts=32, k=8, lr=1e-5, micro_tokens=8192, eval_every=25),
 }
+
+COUNTS = dict.fromkeys(
+    ("steps", "prompts", "k", "rows", "epochs", "minibatches", "micro_tokens", "max_new_tokens", "warmup", "eval_every",
+     "eval_prompts", "save_every", "keep", "show_every", "dual_clip"), 1,
+)  # fmt: skip
+LEAST = dict.fromkeys(("seed", "weight_decay", "clip_low", "clip_high", "beta"), 0)
+ABOVE_ZERO = ("temperature", "lr", "adam_eps", "max_grad_norm", "kl_target", "kl_stop")
 
 # Nats a token that sampler and training forward may differ by on average: rounding, in the arithmetic of each.
 GAP_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
@@ -306,6 +313,21 @@ def part_rewards(score: Score, config: RewardConfig) -> list[float]:
     return [value - overlong for value in earned.values()]
 
 
+def check(args: Args, states: Path, processes: int) -> None:
+    """What can be known to be wrong before anything is loaded."""
+    check_flags(args, COUNTS | LEAST, ABOVE_ZERO)
+    if args.advantage != "raw" and args.k < 2:
+        raise InputError(
+            f"--advantage {args.advantage} compares samples of one prompt: --k must be at least 2, not {args.k}"
+        )
+    if args.minibatches > args.prompts:
+        raise InputError(f"--minibatches {args.minibatches} is more than the {args.prompts} prompts of a step")
+    if processes > min(args.prompts, args.eval_prompts):
+        raise InputError(f"{processes} processes are more than --prompts or --eval-prompts: start fewer")
+    if checkpoints(states) and not args.resume:
+        raise InputError(f"{args.out} holds a run: continue it with --resume, or give another --out")
+
+
 def main(args: Args) -> None:
     processes, device = join(pick_device(args.device))
     chief = processes.is_main_process  # the one that prints and writes
@@ -314,35 +336,8 @@ def main(args: Args) -> None:
     preset = manifest["preset"]
     print(f"preset {preset}, as {args.data}/manifest.json says")
     fill(args, RECIPES[preset])
-    for name in (
-        "steps",
-        "prompts",
-        "k",
-        "rows",
-        "epochs",
-        "minibatches",
-        "micro_tokens",
-        "eval_every",
-        "save_every",
-        "keep",
-    ):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if args.advantage != "raw" and args.k < 2:
-        raise InputError(
-            f"--advantage {args.advantage} compares samples of one prompt: --k must be at least 2, not {args.k}"
-        )
-    if args.max_new_tokens is not None and args.max_new_tokens < 1:
-        raise InputError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
-    if args.temperature <= 0:
-        raise InputError(f"--temperature must be above 0, not {args.temperature}")
-    if args.minibatches > args.prompts:
-        raise InputError(f"--minibatches {args.minibatches} is more than the {args.prompts} prompts of a step")
-    if processes.num_processes > min(args.prompts, args.eval_prompts):
-        raise InputError(f"{processes.num_processes} processes are more than --prompts or --eval-prompts: start fewer")
     states = args.out / "checkpoints"
-    if checkpoints(states) and not args.resume:
-        raise InputError(f"{args.out} holds a run: continue it with --resume, or give another --out")
+    check(args, states, processes.num_processes)
     dtype, free = pick_dtype(args.precision, device), free_memory(device)
 
     model, tokenizer = load_model(args.model, device, dtype=dtype)

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -147,6 +148,16 @@ def fill(args: Any, recipe: Any) -> None:
     for name, value in vars(recipe).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+
+
+def check_flags(args: Any, at_least: dict[str, float], above_zero: tuple[str, ...] = ()) -> None:
+    """Raises `InputError` for the first of these flags that is too small, infinite or no number; one that is None stays."""
+    bounds = [(name, "at least", bound) for name, bound in at_least.items()] + [(name, "above", 0) for name in above_zero]
+    for name, relation, bound in bounds:
+        value = getattr(args, name)
+        if value is None or (math.isfinite(value) and (value > bound or (relation == "at least" and value == bound))):
+            continue
+        raise InputError(f"--{name.replace('_', '-')} must be {relation} {bound:g}, not {value:g}")
 
 
 def pick_device(device: str) -> str:

@@ -382,7 +382,11 @@ def test_samples_that_are_not_the_policys_are_refused(monkeypatch, capsys, zeros
         (["--out", "RUN", "--resume", "--lr", "0.5"], "other settings (lr)"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--minibatches", "3"], "--minibatches"),
-        (["--temperature", "0"], "--temperature"),
+        (["--temperature", "0"], "--temperature must be above 0, not 0"),
+        (["--lr", "nan"], "--lr must be above 0, not nan"),
+        (["--warmup", "0"], "--warmup must be at least 1"),
+        (["--kl-target", "inf"], "--kl-target"),
+        (["--seed", "-1"], "--seed must be at least 0, not -1"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
     ],
 )
@@ -403,7 +407,9 @@ def test_rl_refuses_bad_input_in_one_line(script, whole_run, zeroshot, home, arg
         (["--examples", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--steps", "0"], "--steps"),
         (["--micro-tokens", "0"], "--micro-tokens"),
-        (["--drill-share", "-1"], "--drill-share"),
+        (["--drill-share", "-1"], "--drill-share must be at least 0, not -1"),
+        (["--dropout", "1"], "--dropout"),
+        (["--warmup", "0"], "--warmup"),
         (["--device", "cuda"], "no GPU"),
     ],
 )
