@@ -26,7 +26,18 @@ from tqdm import tqdm
 from storygen.bertscore import Encoder, fingerprint, load_encoder
 from storygen.calibration import Calibration, calibrate, inputs_key
 from storygen.cleaning import Bounds
-from storygen.cli import InputError, as_json, claim, file_sha256, fill, pick_device, put_in_place, run, write_atomically
+from storygen.cli import (
+    InputError,
+    as_json,
+    check_flags,
+    claim,
+    file_sha256,
+    fill,
+    pick_device,
+    put_in_place,
+    run,
+    write_atomically,
+)
 from storygen.corpus import Columns, read_hub, read_rows
 from storygen.duplicates import text_key
 from storygen.idf import Idf, build_idf
@@ -171,11 +182,7 @@ def choose_preset(preset: str) -> tuple[str, str]:
 
 def check(args: Args) -> None:
     """What can be known to be wrong before hours of reading."""
-    for flag, value in (("--limit", args.limit), ("--teacher-sample", args.teacher_sample)):
-        if value is not None and value < 1:
-            raise InputError(f"{flag} {value}: give a number of rows, 1 or more")
-    if args.teacher_concurrency < 1:
-        raise InputError(f"--teacher-concurrency {args.teacher_concurrency}: give 1 or more")
+    check_flags(args, {"limit": 1, "teacher_sample": 1, "teacher_concurrency": 1, "seed": 0})
     if args.source == "teacher":
         raise InputError("--source teacher: a teacher writes outlines, not stories; use --outlines teacher")
     out = args.out.resolve()

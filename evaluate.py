@@ -26,7 +26,7 @@ from rew_config import RewardConfig
 from reward import Reward, Sample, Score
 from storygen.batching import token_budget_batches
 from storygen.checkpoint import load_model
-from storygen.cli import InputError, pick_device, run, write_atomically
+from storygen.cli import InputError, check_flags, pick_device, run, write_atomically
 from storygen.corpus import load_prompts, load_sft
 from storygen.diversity import Copies, distinct, nearest, self_bleu
 from storygen.logprobs import best_dtype, response_logps
@@ -79,10 +79,7 @@ def check(args: Args) -> None:
         raise InputError("give at least one model folder")
     if len(set(args.models)) < len(args.models):
         raise InputError("a model folder is given twice")
-    if args.num < 1 or args.prompts < 1 or args.seed < 0 or args.temperature <= 0:
-        raise InputError("--num and --prompts must be at least 1, --seed at least 0, --temperature above 0")
-    if args.length_target is not None and args.length_target <= 0:
-        raise InputError(f"--length-target must be above 0, not {args.length_target:g}")
+    check_flags(args, {"num": 1, "prompts": 1, "seed": 0}, ("temperature", "length_target"))
 
 
 def load_policy(folder: str, device: str) -> tuple[PreTrainedModel, Pattern]:

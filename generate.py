@@ -16,7 +16,7 @@ import tyro
 
 from reward import Reward, Sample
 from storygen.checkpoint import load_model
-from storygen.cli import InputError, pick_device, run
+from storygen.cli import InputError, check_flags, pick_device, run
 from storygen.logprobs import best_dtype
 from storygen.pattern import Pattern, context_length, text_verdict
 from storygen.sampler import sample
@@ -92,10 +92,11 @@ def check(args: Args, prompts: list[str]) -> None:
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise InputError(f"prompt {number} is empty: say what the story should be about")
-    if args.num < 1 or args.seed < 0 or args.temperature <= 0 or not 0 < args.top_p <= 1:
-        raise InputError("--num must be at least 1, --seed at least 0, --temperature above 0 and --top-p in (0, 1]")
-    if args.best_of < 1 or args.more < 0:
-        raise InputError("--best-of must be at least 1 and --continue at least 0")
+    check_flags(args, {"num": 1, "best_of": 1, "seed": 0}, ("temperature", "top_p"))
+    if args.top_p > 1:
+        raise InputError(f"--top-p must be at most 1, not {args.top_p:g}")
+    if args.more < 0:
+        raise InputError(f"--continue must be at least 0, not {args.more}")
     if args.outline is not None and text_verdict(args.outline, "A story.", True) != "ok":
         raise InputError("--outline must hold some text, and none of the pattern's tags")
 

@@ -34,7 +34,7 @@ from storygen.calibration import (
     text_measures,
     token_weightings,
 )
-from storygen.cli import InputError, run, write_atomically
+from storygen.cli import InputError, check_flags, run, write_atomically
 from storygen.explain import write_page
 from storygen.hacks import FAMILIES, hack
 from storygen.idf import Idf
@@ -499,5 +499,11 @@ Args = (
 )
 COMMANDS = {ScoreRows: score_rows, Explain: explain, Rescore: rescore, Audit: audit}
 
+
+def main(args: Workbench) -> None:
+    check_flags(args, {}, ("length_target",))
+    COMMANDS[type(args)](args)
+
+
 if __name__ == "__main__":
-    run(lambda args: COMMANDS[type(args)](args), Args)
+    run(main, Args)

@@ -159,6 +159,7 @@ def read(terminal: int) -> bytes:
         (["x", "--model", "base_model"], b"", "pattern_learning.py"),
         (["x", "--model", "artifacts/nothing"], b"", "does not exist"),
         (["x", "--model", "MODEL", "--num", "0"], b"", "--num"),
+        (["x", "--model", "MODEL", "--temperature", "nan"], b"", "--temperature must be above 0, not nan"),
         (["x", "--model", "MODEL", "--best-of", "0"], b"", "--best-of"),
         (["x", "--model", "MODEL", "--best-of", "2", "--data", "MISSING"], b"", "run data_prep.py first"),
         (["x", "--model", "MODEL", "--outline", " "], b"", "--outline"),

@@ -243,6 +243,13 @@ def test_score_bad_row(script, tmp_path, line, message):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("words", ["0", "-5", "nan"])
+def test_score_refuses_a_length_target_that_no_story_has(script, tmp_path, words):
+    path = write(tmp_path / "rows.jsonl", ROWS[:1])
+    result = script("reward.py", "score", path, "--data", data_folder(), "--length-target", words)
+    assert result.returncode == 2 and result.stderr.startswith("error: --length-target must be above 0, not "), result.stderr
+
+
 def test_explain(script, tmp_path):
     result = script("reward.py", "explain", write(tmp_path / "r.jsonl", ROWS[:2]), "--row", "2", "--data", data_folder())
     assert result.returncode == 0, result.stderr
