@@ -14,8 +14,9 @@ demo: artifacts/rl/final/model.safetensors
 	@echo "the run   artifacts/rl          metrics.jsonl, samples.jsonl; open report.html in a browser"
 	@echo "more      $(PY) generate.py \"Your own prompt.\""
 
+# Two files at a time, for most of a test's time is a script's start; one thread each, or they would wait for one another.
 test: .venv/installed
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(PY) -m ruff check .
