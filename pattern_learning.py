@@ -120,10 +120,9 @@ BASE_MODELS = {
     "gpt2": ("openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"),
 }
 
-COUNTS = dict.fromkeys(
+AT_LEAST = dict.fromkeys(
     ("steps", "warmup", "batch_tokens", "micro_tokens", "eval_every", "eval_prompts", "rows", "save_every"), 1
-)
-LEAST = dict.fromkeys(("dropout", "drill_share", "tag_weight", "weight_decay", "seed"), 0)
+) | dict.fromkeys(("dropout", "drill_share", "tag_weight", "weight_decay", "seed"), 0)
 ABOVE_ZERO = ("lr", "adam_eps", "max_grad_norm")
 
 
@@ -246,7 +245,7 @@ def main(args: Args) -> None:
     if args.model is None and args.mode == "oneshot":
         args.model, args.revision = BASE_MODELS[preset]
     args.model = args.model or "artifacts/oneshot"
-    check_flags(args, COUNTS | LEAST, ABOVE_ZERO)
+    check_flags(args, AT_LEAST, ABOVE_ZERO)
     if args.dropout >= 1:
         raise InputError(f"--dropout must be below 1, not {args.dropout:g}")
     dtype = pick_dtype(args.precision, device)

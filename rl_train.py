@@ -151,11 +151,10 @@ RECIPES = {
     "gpt2": Recipe(steps=500, prompts=32, k=8, lr=1e-5, micro_tokens=8192, eval_every=25),
 }
 
-COUNTS = dict.fromkeys(
+AT_LEAST = dict.fromkeys(
     ("steps", "prompts", "k", "rows", "epochs", "minibatches", "micro_tokens", "max_new_tokens", "warmup", "eval_every",
      "eval_prompts", "save_every", "keep", "show_every", "dual_clip"), 1,
-)  # fmt: skip
-LEAST = dict.fromkeys(("seed", "weight_decay", "clip_low", "clip_high", "beta"), 0)
+) | dict.fromkeys(("seed", "weight_decay", "clip_low", "clip_high", "beta"), 0)  # fmt: skip
 ABOVE_ZERO = ("temperature", "lr", "adam_eps", "max_grad_norm", "kl_target", "kl_stop")
 
 # Nats a token that sampler and training forward may differ by on average: rounding, in the arithmetic of each.
@@ -315,7 +314,7 @@ def part_rewards(score: Score, config: RewardConfig) -> list[float]:
 
 def check(args: Args, states: Path, processes: int) -> None:
     """What can be known to be wrong before anything is loaded."""
-    check_flags(args, COUNTS | LEAST, ABOVE_ZERO)
+    check_flags(args, AT_LEAST, ABOVE_ZERO)
     if args.advantage != "raw" and args.k < 2:
         raise InputError(
             f"--advantage {args.advantage} compares samples of one prompt: --k must be at least 2, not {args.k}"
@@ -393,6 +392,7 @@ def main(args: Args) -> None:
         metrics = Log(args.out / "metrics.jsonl", state["metrics_size"])
         samples_log = Log(args.out / "samples.jsonl", state["samples_size"])
     interrupt = Interrupt()
+    # From an update's first change of weights on, a request to stop waits for the step's end.
     optimizer.register_step_pre_hook(lambda *_: interrupt.wait())
     weights = torch.tensor(list(args.reward.weights().values()))
     human_median = reward.calibration.quantile("story_words", 50)

@@ -107,9 +107,9 @@ def crossing_prompts(prompts: Sequence[str], splits: Sequence[str]) -> set[int]:
     is_rare = np.arange(len(words)) - ends[owner] < (n - least + k)[owner]
     whole, rare = sets(words, n), sets(words[is_rare], n - least + k)
 
-    known, crossing = np.zeros(0, int), np.zeros(len(n), bool)
+    splits, known, crossing = np.array(splits), np.zeros(0, int), np.zeros(len(n), bool)
     for split in sorted(RANK, key=RANK.__getitem__):
-        here = np.flatnonzero(np.array(splits) == split)
+        here = np.flatnonzero(splits == split)
         of_known = rare[known].T.tocsr()
         for rows in np.split(here, range(PROMPTS_AT_ONCE, len(here), PROMPTS_AT_ONCE)):
             shared = (rare[rows] @ of_known).tocoo()

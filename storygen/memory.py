@@ -143,15 +143,9 @@ def free_memory(device: str | torch.device) -> int:
 
 def free_in_container(cgroup: Path = Path("/sys/fs/cgroup")) -> list[int]:
     """Bytes left under a container's own limit, which the machine's figures do not know of: one value, or none where none is set."""
-    for limit, used, cache, folder in (
-        ("memory.max", "memory.current", "inactive_file", cgroup),
-        (
-            "memory.limit_in_bytes",
-            "memory.usage_in_bytes",
-            "total_inactive_file",
-            cgroup / "memory",
-        ),  # the kernel's first version
-    ):
+    second = (cgroup, "memory.max", "memory.current", "inactive_file")  # version of the kernel's interface
+    first = (cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    for folder, limit, used, cache in (second, first):
         try:
             most, taken = int((folder / limit).read_text()), int((folder / used).read_text())
             counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())

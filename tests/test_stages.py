@@ -254,14 +254,12 @@ finally:
 """
 
 
-@pytest.mark.parametrize(("call", "losses", "step"), [(3, 3, 1), (4, 4, 2)])
-def test_a_signal_while_it_learns_ends_the_step_only_where_weights_have_changed(
-    whole_run, zeroshot, home, call, losses, step
-):
+@pytest.mark.parametrize(("call", "step"), [(3, 1), (4, 2)])
+def test_a_signal_while_it_learns_ends_the_step_only_where_weights_have_changed(whole_run, zeroshot, home, call, step):
     """Two minibatches a step, of one loss each: the third call stands before the second step's first change, the fourth after."""
     arguments = ["--data", home / "data", "--model", zeroshot, "--out", home / f"rl_call_{call}", "--resume", *RL]
     done = launch("-c", SIGNALLED, call, *arguments)
-    assert done.returncode == 143 and f"stopped at step {step};" in done.stderr and f"losses {losses}" in done.stdout
+    assert done.returncode == 143 and f"stopped at step {step};" in done.stderr and f"losses {call}" in done.stdout
     done = launch("rl_train.py", *arguments)
     assert done.returncode == 0, done.stderr
     final = "final/model.safetensors"
