@@ -2,7 +2,8 @@
 
     python base_model/pretrain.py --text children.jsonl.gz more.txt --out base_model --steps 12000
 
-Trains an 8K byte-level BPE tokenizer and a GPT-2 of about 7M parameters on prose plus the training rows of `corpus/`.
+Trains an 8K byte-level BPE tokenizer and a GPT-2 of about 7M parameters on prose plus the training rows of `corpus/` and
+of `simple.jsonl`: short stories in words a child knows, from which a model this small learns most (Eldan & Li 2023, TinyStories).
 Muon for the matrices and AdamW for the rest; the learning rate warms up, stays, and falls linearly over the last
 `--decay_share` of the steps, so a run may be stopped (Ctrl-C or SIGTERM writes its state) and ended early by a second call
 with a smaller `--steps`.
@@ -40,12 +41,16 @@ class Args:
     """Model folder; the training state stands beside it as `<out>/state.pt` until the last step."""
     corpus: Path = ROOT / "corpus"
     """Folder of `stories.jsonl` and `prompts.txt`; only rows of the training split are read."""
+    simple: Path = ROOT / "base_model" / "simple.jsonl"
+    """Simple stories with prompts and outlines; only rows of the training split are learnt."""
     start: Path | None = None
     """Model folder to train on, tokenizer included. Default: random weights and a new tokenizer."""
     leave_out: tuple[str, ...] = ()
     """Authors to skip, where rows name one."""
     corpus_share: float = 0.06
-    """Share of the batch rows drawn from the corpus instead of the prose."""
+    """Share of the batch rows drawn from the corpus's stories and prompts instead of the prose."""
+    simple_share: float = 0.06
+    """Share of the batch rows drawn from the simple stories."""
     vocab: int = 8192
     """Tokenizer size, tokens."""
     layers: int = 6
@@ -84,9 +89,13 @@ def documents(paths: tuple[Path, ...], leave_out: tuple[str, ...]) -> list[str]:
     return ["\n".join(line.strip() for line in t.translate(straight).splitlines() if line.strip()) for t in texts]
 
 
+def story_documents(path: Path, split: str) -> list[str]:
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return ["\n\n".join((r["prompt"], r["outline"], r["story"])) for r in rows if split_of(r["prompt"]) == split]
+
+
 def corpus_documents(folder: Path, split: str) -> list[str]:
-    rows = [json.loads(line) for line in (folder / "stories.jsonl").read_text("utf-8").splitlines()]
-    texts = ["\n\n".join((r["prompt"], r["outline"], r["story"])) for r in rows if split_of(r["prompt"]) == split]
+    texts = story_documents(folder / "stories.jsonl", split)
     prompts = (folder / "prompts.txt").read_text("utf-8").splitlines()
     prompts = [p for p in prompts if split_of(p) == split]
     return texts + ["\n".join(prompts[i : i + 10]) for i in range(0, len(prompts), 10)]
@@ -156,6 +165,7 @@ def main(args: Args) -> None:
     held_out_keys = set(held_out)
     prose = [t for t in prose if t not in held_out_keys]
     stories = corpus_documents(args.corpus, "train")
+    simple = story_documents(args.simple, "train")
     state_file = args.out / "state.pt"
     log_file = args.out / "training_log.jsonl"
 
@@ -166,12 +176,14 @@ def main(args: Args) -> None:
         tokenizer.save_pretrained(args.out)
     else:
         # The pattern indents every line by two spaces: indented copies teach the tokenizer that piece.
-        indented = ["\n  " + t.replace("\n", "\n  ") + "\n" for t in stories]
-        tokenizer = train_tokenizer(prose + stories + indented, args.vocab, args.context)
+        indented = ["\n  " + t.replace("\n", "\n  ") + "\n" for t in stories + simple]
+        tokenizer = train_tokenizer(prose + stories + simple + indented, args.vocab, args.context)
         tokenizer.save_pretrained(args.out)
         log_file.unlink(missing_ok=True)
-    streams = {"prose": encode(tokenizer, prose), "corpus": encode(tokenizer, stories)}
-    checks = {"prose": encode(tokenizer, held_out), "corpus": encode(tokenizer, corpus_documents(args.corpus, "validation"))}
+    streams = {"prose": encode(tokenizer, prose), "corpus": encode(tokenizer, stories), "simple": encode(tokenizer, simple)}
+    shares = (1 - args.corpus_share - args.simple_share, args.corpus_share, args.simple_share)
+    unseen = corpus_documents(args.corpus, "validation"), story_documents(args.simple, "validation")
+    checks = dict(zip(streams, (encode(tokenizer, texts) for texts in (held_out, *unseen))))
     print({k: f"{len(v):,} tokens" for k, v in streams.items()}, {k: f"{len(v):,} held out" for k, v in checks.items()})
 
     config = GPT2Config(
@@ -213,9 +225,8 @@ def main(args: Args) -> None:
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, unit="step", disable=None)
     for step in bar:
         generator = np.random.default_rng((args.seed, step))
-        n_corpus = generator.binomial(args.batch, args.corpus_share)
-        parts = [draw(streams["corpus"], n_corpus, args.context, generator)] if n_corpus else []
-        parts += [draw(streams["prose"], args.batch - n_corpus, args.context, generator)] if n_corpus < args.batch else []
+        counts = generator.multinomial(args.batch, shares)
+        parts = [draw(stream, n, args.context, generator) for stream, n in zip(streams.values(), counts) if n]
         loss = step_loss(model, torch.cat(parts))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
