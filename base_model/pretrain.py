@@ -3,7 +3,8 @@
     python base_model/pretrain.py --text children.jsonl.gz more.txt --out base_model --steps 12000
 
 Trains an 8K byte-level BPE tokenizer and a GPT-2 of about 7M parameters on prose plus the training rows of `corpus/` and
-of `simple.jsonl`: short stories in words a child knows, from which a model this small learns most (Eldan & Li 2023, TinyStories).
+of `simple.jsonl`: short stories in words a child knows, from which a model this small learns most (Eldan & Li 2023,
+TinyStories).
 Muon for the matrices and AdamW for the rest; the learning rate warms up, stays, and falls linearly over the last
 `--decay_share` of the steps, so a run may be stopped (Ctrl-C or SIGTERM writes its state) and ended early by a second call
 with a smaller `--steps`.
@@ -31,6 +32,7 @@ from storygen.corpus import split_of
 
 ROOT = Path(__file__).resolve().parent.parent
 END = "<|endoftext|>"
+NATIVE_BF16 = torch.cpu._is_avx512_bf16_supported()
 
 
 @dataclass
@@ -126,7 +128,7 @@ def draw(stream: np.ndarray, rows: int, context: int, generator: np.random.Gener
 
 def loss_of(model: GPT2LMHeadModel, tokens: torch.Tensor) -> torch.Tensor:
     """Mean negative log-likelihood, nats per token, of (rows, context + 1) tokens."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
+    with torch.autocast("cpu", torch.bfloat16, enabled=NATIVE_BF16):
         logits = model(tokens[:, :-1]).logits
     return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
@@ -164,8 +166,10 @@ def main(args: Args) -> None:
     held_out = [t for t in prose if split_of(t[:200]) == "test"][:40]
     held_out_keys = set(held_out)
     prose = [t for t in prose if t not in held_out_keys]
-    stories = corpus_documents(args.corpus, "train")
-    simple = story_documents(args.simple, "train")
+    corpus, corpus_unseen = (corpus_documents(args.corpus, split) for split in ("train", "validation"))
+    simple, simple_unseen = (story_documents(args.simple, split) for split in ("train", "validation"))
+    learnt = {"prose": prose, "corpus": corpus, "simple": simple}
+    unseen = {"prose": held_out, "corpus": corpus_unseen, "simple": simple_unseen}
     state_file = args.out / "state.pt"
     log_file = args.out / "training_log.jsonl"
 
@@ -176,14 +180,12 @@ def main(args: Args) -> None:
         tokenizer.save_pretrained(args.out)
     else:
         # The pattern indents every line by two spaces: indented copies teach the tokenizer that piece.
-        indented = ["\n  " + t.replace("\n", "\n  ") + "\n" for t in stories + simple]
-        tokenizer = train_tokenizer(prose + stories + simple + indented, args.vocab, args.context)
+        indented = ["\n  " + t.replace("\n", "\n  ") + "\n" for t in corpus + simple]
+        tokenizer = train_tokenizer(prose + corpus + simple + indented, args.vocab, args.context)
         tokenizer.save_pretrained(args.out)
         log_file.unlink(missing_ok=True)
-    streams = {"prose": encode(tokenizer, prose), "corpus": encode(tokenizer, stories), "simple": encode(tokenizer, simple)}
+    streams, checks = ({name: encode(tokenizer, texts) for name, texts in sets.items()} for sets in (learnt, unseen))
     shares = (1 - args.corpus_share - args.simple_share, args.corpus_share, args.simple_share)
-    unseen = corpus_documents(args.corpus, "validation"), story_documents(args.simple, "validation")
-    checks = dict(zip(streams, (encode(tokenizer, texts) for texts in (held_out, *unseen))))
     print({k: f"{len(v):,} tokens" for k, v in streams.items()}, {k: f"{len(v):,} held out" for k, v in checks.items()})
 
     config = GPT2Config(
@@ -198,7 +200,7 @@ def main(args: Args) -> None:
         torch.optim.Muon(matrices, lr=args.lr_matrix, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=args.lr_rest, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
-    if not torch.cpu._is_avx512_bf16_supported():
+    if not NATIVE_BF16:
         # torch's Muon iterates in bfloat16, which such a processor emulates: 13 s a step where this takes 0.3 s.
         torch.optim._muon._zeropower_via_newtonschulz = orthogonal_fp32
     base_lrs = [args.lr_matrix, args.lr_rest]
