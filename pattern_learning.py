@@ -29,7 +29,7 @@ from storygen.batching import token_budget_batches
 from storygen.card import push, write_card
 from storygen.checkpoint import Interrupt, load_model, load_state, save_model, save_state
 from storygen.cli import InputError, as_json, check_flags, claim, fill, pick_device, run, write_atomically
-from storygen.corpus import load_manifest, load_sft
+from storygen.corpus import load_manifest, load_sft, spread
 from storygen.logprobs import Precision, cast_once, check_head, pick_dtype, response_logps
 from storygen.memory import Shape, free_memory, halve_until_it_fits, keep_freed_memory, peak_memory, plan
 from storygen.pattern import Pattern, add_pattern_tokens, context_length
@@ -81,8 +81,10 @@ class Args:
     """Gradients are clipped to this norm."""
     eval_every: int | None = None
     """Steps between validations (losses, and a sample of every held-out prompt asked for). Default by preset."""
+    eval_rows: int = 128
+    """Validation rows whose loss is measured, spread over all of them."""
     eval_prompts: int = 64
-    """Validation prompts to sample for the share of well-formed completions."""
+    """Prompts of those rows to sample for the share of well-formed completions."""
     rows: int = 64
     """Samples drawn at once, at most. Fewer where memory lacks."""
     save_every: int = 100
@@ -121,7 +123,7 @@ BASE_MODELS = {
 }
 
 AT_LEAST = dict.fromkeys(
-    ("steps", "warmup", "batch_tokens", "micro_tokens", "eval_every", "eval_prompts", "rows", "save_every"), 1
+    ("steps", "warmup", "batch_tokens", "micro_tokens", "eval_every", "eval_rows", "eval_prompts", "rows", "save_every"), 1
 ) | dict.fromkeys(("dropout", "drill_share", "tag_weight", "weight_decay", "seed"), 0)
 ABOVE_ZERO = ("lr", "adam_eps", "max_grad_norm")
 
@@ -282,10 +284,10 @@ def main(args: Args) -> None:
     check_head(model, rows["train"][0].ids, pattern.pad_id)
     # Validation rows meet the same example, and drills are cut at the same place, at every validation: so losses compare.
     generator = np.random.default_rng(args.seed)
-    drills = [drill(text, pattern, generator) for text in load_sft(args.data, "validation")]
+    drills = [drill(text, pattern, generator) for text in spread(load_sft(args.data, "validation"), args.eval_rows)]
     drills = behind_examples([row for row in drills if len(row.ids) <= context], examples, generator, context)
-    rows["validation"] = behind_examples(rows["validation"], examples, generator, context)
-    held_out = rows["validation"][: args.eval_prompts]
+    rows["validation"] = behind_examples(spread(rows["validation"], args.eval_rows), examples, generator, context)
+    held_out = spread(rows["validation"], args.eval_prompts)
 
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=args.adam_eps, weight_decay=args.weight_decay, fused=True

@@ -42,7 +42,7 @@ from storygen.checkpoint import (
     weights_sha256,
 )
 from storygen.cli import InputError, as_json, check_flags, claim, fill, pick_device, run, write_atomically
-from storygen.corpus import load_manifest, load_prompts, load_sft
+from storygen.corpus import load_manifest, load_prompts, load_sft, spread
 from storygen.logprobs import Precision, cast_once, check_forward, check_head, pick_dtype, response_logps
 from storygen.memory import Shape, free_memory, halve_until_it_fits, keep_freed_memory, peak_memory, plan
 from storygen.pattern import Pattern, context_length
@@ -115,7 +115,7 @@ class Args:
     eval_every: int | None = None
     """Steps between evaluations on held-out prompts. Default by preset."""
     eval_prompts: int = 64
-    """Validation prompts an evaluation samples, one story each, always with the same seed."""
+    """Validation prompts an evaluation samples, spread over all of them, one story each, always with the same seed."""
     save_every: int = 10
     """Steps between checkpoints."""
     keep: int = 2
@@ -347,7 +347,7 @@ def main(args: Args) -> None:
     all_prompts = load_prompts(args.data, "train")
     prompts = [p for p in all_prompts if len(pattern.prefix(p)) <= context // 2]
     held_out = [p for p in load_prompts(args.data, "validation") if len(pattern.prefix(p)) <= context // 2]
-    held_out = held_out[: args.eval_prompts]
+    held_out = spread(held_out, args.eval_prompts)
     print(f"{len(prompts)} prompts, {len(all_prompts) - len(prompts)} dropped (over half the context of {context} tokens)")
     if len(prompts) < args.prompts or len(held_out) < processes.num_processes:
         raise InputError(

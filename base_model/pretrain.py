@@ -2,8 +2,8 @@
 
     python base_model/pretrain.py --text children.jsonl.gz more.txt --out base_model --steps 12000
 
-Trains an 8K byte-level BPE tokenizer and a GPT-2 of about 7M parameters on prose plus the training rows of `corpus/` and
-of `simple.jsonl`: short stories in words a child knows, from which a model this small learns most (Eldan & Li 2023,
+Trains an 8K byte-level BPE tokenizer and a GPT-2 of about 7M parameters on prose plus the training rows of `corpus/`, its
+simple stories counted apart: from short ones in words a child knows a model this small learns most (Eldan & Li 2023,
 TinyStories).
 Muon for the matrices and AdamW for the rest; the learning rate warms up, stays, and falls linearly over the last
 `--decay_share` of the steps, so a run may be stopped (Ctrl-C or SIGTERM writes its state) and ended early by a second call
@@ -42,17 +42,15 @@ class Args:
     out: Path = ROOT / "base_model"
     """Model folder; the training state stands beside it as `<out>/state.pt` until the last step."""
     corpus: Path = ROOT / "corpus"
-    """Folder of `stories.jsonl` and `prompts.txt`; only rows of the training split are read."""
-    simple: Path = ROOT / "base_model" / "simple.jsonl"
-    """Simple stories with prompts and outlines; only rows of the training split are learnt."""
+    """Folder of `stories.jsonl`, `simple.jsonl` and `prompts.txt`; only rows of the training split are learnt."""
     start: Path | None = None
     """Model folder to train on, tokenizer included. Default: random weights and a new tokenizer."""
     leave_out: tuple[str, ...] = ()
     """Authors to skip, where rows name one."""
     corpus_share: float = 0.06
-    """Share of the batch rows drawn from the corpus's stories and prompts instead of the prose."""
+    """Share of the batch rows drawn from the corpus's other stories and its prompts; what is left comes from the prose."""
     simple_share: float = 0.06
-    """Share of the batch rows drawn from the simple stories."""
+    """Share of the batch rows drawn from the corpus's simple stories."""
     vocab: int = 8192
     """Tokenizer size, tokens."""
     layers: int = 6
@@ -167,7 +165,7 @@ def main(args: Args) -> None:
     held_out_keys = set(held_out)
     prose = [t for t in prose if t not in held_out_keys]
     corpus, corpus_unseen = (corpus_documents(args.corpus, split) for split in ("train", "validation"))
-    simple, simple_unseen = (story_documents(args.simple, split) for split in ("train", "validation"))
+    simple, simple_unseen = (story_documents(args.corpus / "simple.jsonl", split) for split in ("train", "validation"))
     learnt = {"prose": prose, "corpus": corpus, "simple": simple}
     unseen = {"prose": held_out, "corpus": corpus_unseen, "simple": simple_unseen}
     state_file = args.out / "state.pt"

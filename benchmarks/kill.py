@@ -34,6 +34,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root's reward.py, 
 import rl_train
 from reward import Reward
 from storygen.checkpoint import checkpoints
+from storygen.corpus import spread
 
 PHASES = ("sampling", "reward", "update", "evaluation", "checkpoint")
 LONGEST = {"sampling": 1.0, "reward": 0.3, "update": 1.0, "evaluation": 1.0, "checkpoint": 0.1}  # seconds; a delay within
@@ -91,7 +92,7 @@ def start(settings: rl_train.Args, told: Told) -> int:
     with contextlib.suppress(BaseException), open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
-        held_out = rl_train.load_prompts(settings.data, "validation")[: settings.eval_prompts]
+        held_out = spread(rl_train.load_prompts(settings.data, "validation"), settings.eval_prompts)
         plain = rl_train.rollout
 
         def rollout(model, pattern, prompts, *args, **kwargs):

@@ -31,7 +31,7 @@ from benchmarks.trl_peer import run_trl
 from reward import Reward, Sample
 from storygen.checkpoint import load_model
 from storygen.cli import as_json, write_atomically
-from storygen.corpus import load_prompts
+from storygen.corpus import load_prompts, spread
 from storygen.logprobs import pick_dtype
 from storygen.memory import keep_freed_memory
 from storygen.pattern import Pattern, context_length
@@ -68,7 +68,7 @@ def run_side(side: str, seed: int, args: Args, reward: Reward) -> list[dict[str,
     model, tokenizer = load_model(args.model, "cpu")
     pattern = Pattern(tokenizer)
     fits = [p for p in load_prompts(args.data, "train") if len(pattern.prefix(p)) <= 96]
-    held_out = load_prompts(args.data, "validation")[: args.eval_prompts]
+    held_out = spread(load_prompts(args.data, "validation"), args.eval_prompts)
     most = args.max_new_tokens or context_length(model) - 96
     target, dtype = reward.calibration.quantile("story_words", 50), pick_dtype("auto", "cpu")
     settings = rl_train.Args(

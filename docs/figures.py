@@ -1,8 +1,9 @@
-"""Draws the figures of docs/learning.md from run folders of rl_train.py.
+"""Draws the figures of docs/learning.md from run folders of rl_train.py, and base_model's learning curve from its log.
 
     python docs/figures.py curves --out docs/advantages.svg loo=runs/loo_0,runs/loo_1 raw=runs/raw_0,runs/raw_1
     python docs/figures.py length --out docs/length.svg runs/long
     python docs/figures.py vs-trl --out docs/vs_trl.svg artifacts/vs_trl/curves.json
+    python docs/figures.py pretraining --out docs/pretraining.svg base_model/training_log.jsonl
 
 A line is the mean over a group's runs (seeds), its band one standard error of that mean.
 """
@@ -59,6 +60,14 @@ class VsTrl:
 
     curves: tyro.conf.Positional[Path]
     out: Path = Path("vs_trl.svg")
+
+
+@dataclass
+class Pretraining:
+    """Validation losses of base_model/pretrain.py by tokens."""
+
+    log: tyro.conf.Positional[Path]
+    out: Path = Path("pretraining.svg")
 
 
 def read(run: Path) -> list[dict]:
@@ -131,6 +140,18 @@ def vs_trl(args: VsTrl) -> None:
     figure.savefig(args.out, metadata={"Date": None})
 
 
+def pretraining(args: Pretraining) -> None:
+    rows = [json.loads(line) for line in args.log.read_text(encoding="utf-8").splitlines()]
+    figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    for key, label in (("val_prose", "prose"), ("val_corpus", "corpus"), ("val_simple", "simple stories")):
+        points = [(row["tokens"] / 1e6, row[key]) for row in rows if key in row]
+        axis.plot(*zip(*points, strict=True), label=label, marker="o", markersize=3)
+    axis.set_title("validation loss, nats a token", loc="left")
+    axis.set_xlabel("million tokens")
+    axis.legend()
+    figure.savefig(args.out, metadata={"Date": None})
+
+
 if __name__ == "__main__":
-    command = tyro.cli(Annotated[Curves, tyro.conf.subcommand("curves")] | Length | VsTrl)
-    {Curves: curves, Length: length, VsTrl: vs_trl}[type(command)](command)
+    command = tyro.cli(Annotated[Curves, tyro.conf.subcommand("curves")] | Length | VsTrl | Pretraining)
+    {Curves: curves, Length: length, VsTrl: vs_trl, Pretraining: pretraining}[type(command)](command)

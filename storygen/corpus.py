@@ -7,13 +7,14 @@ import json
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from storygen.cli import InputError
 
+Item = TypeVar("Item")
 CORPUS = Path(__file__).resolve().parents[1] / "corpus"
 ROLES = {"prompt": ("prompt",), "think": ("think", "outline", "plan"), "story": ("story", "completion", "text")}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet", ".wp_source", ".txt")
@@ -141,6 +142,12 @@ def load_sft(data_dir: Path | str, split: str) -> list[dict]:
 def load_prompts(data_dir: Path | str, split: str) -> list[str]:
     """Unique prompts of one split, in the order of the file. InputError as `load_manifest`."""
     return [row["prompt"] for row in _load(data_dir, "prompts.parquet", ["prompt"], split)]
+
+
+def spread(rows: Sequence[Item], n: int) -> list[Item]:
+    """`n` of the rows at equal distances, in their order; all where there are fewer. A file's first rows are of one kind."""
+    n = min(n, len(rows))
+    return [rows[i * len(rows) // n] for i in range(n)]
 
 
 def _load(data_dir: Path | str, name: str, columns: list[str], split: str) -> list[dict]:

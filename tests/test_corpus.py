@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from storygen.cleaning import Bounds, clean_prompt, clean_row, clean_story
 from storygen.cli import InputError
-from storygen.corpus import Columns, load_manifest, load_prompts, load_sft, read_rows, split_of
+from storygen.corpus import Columns, load_manifest, load_prompts, load_sft, read_rows, split_of, spread
 from storygen.duplicates import crossing_prompts, crossing_stories, story_sketch, text_key, words_of
 from storygen.rowstore import RowStore
 
@@ -399,3 +399,14 @@ def test_loaders_say_what_to_run(tmp_path):
     for call in (lambda p: load_manifest(p), lambda p: load_sft(p, "train"), lambda p: load_prompts(p, "train")):
         with pytest.raises(InputError, match="again"):
             call(tmp_path)
+
+
+@given(st.integers(0, 300), st.integers(1, 300))
+def test_rows_spread_over_a_file_at_equal_distances(total, n):
+    rows = range(total)
+    picked = spread(rows, n)
+    assert len(picked) == min(n, total) and picked == sorted(set(picked))
+    assert spread(rows, total) == list(rows)
+    if picked:
+        gaps = {after - before for before, after in zip(picked, picked[1:] + [total + picked[0]])}
+        assert picked[0] == 0 and max(gaps) - min(gaps) <= 1, "gaps differ by a row at most"

@@ -5,6 +5,8 @@ import re
 import string
 from pathlib import Path
 
+from storygen.corpus import read_rows
+
 ROOT = Path(__file__).parents[1]
 ROWS = [json.loads(line) for line in (ROOT / "prompts" / "oneshot.jsonl").read_text("utf-8").splitlines()]
 
@@ -51,9 +53,7 @@ def test_examples_differ_from_each_other():
 
 
 def test_examples_share_no_eight_words_with_the_corpus():
-    corpus = [json.loads(line) for line in (ROOT / "corpus" / "stories.jsonl").read_text("utf-8").splitlines()]
-    texts = [text for row in corpus for text in row.values()]
-    texts += (ROOT / "corpus" / "prompts.txt").read_text("utf-8").splitlines()
+    texts = [text for row in read_rows("corpus") for text in row.values() if text]
     known = set().union(*map(eight_grams, texts))
     for row in ROWS:
         for key, text in row.items():
