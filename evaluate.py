@@ -80,6 +80,8 @@ def check(args: Args) -> None:
     if len(set(args.models)) < len(args.models):
         raise InputError("a model folder is given twice")
     check_flags(args, {"num": 1, "prompts": 1, "seed": 0}, ("temperature", "length_target"))
+    if args.out.exists() and not args.out.is_dir():
+        raise InputError(f"{args.out} is a file: give another --out, a folder")
 
 
 def load_policy(folder: str, device: str) -> tuple[PreTrainedModel, Pattern]:
@@ -90,13 +92,13 @@ def load_policy(folder: str, device: str) -> tuple[PreTrainedModel, Pattern]:
 
 
 @torch.no_grad()
-def mean_logps(model, rows: list[list[int]], starts: list[int]) -> np.ndarray:
-    """Mean log-probability per token, in nats, of each row's tokens from its start on."""
+def mean_logps(model, rows: list[list[int]], starts: list[int], vocabulary: int | None = None) -> np.ndarray:
+    """Mean log-probability per token, in nats, of each row's tokens from its start on, under the first `vocabulary` tokens' law."""
     means = np.zeros(len(rows))
     for batch in token_budget_batches([len(row) for row in rows], TOKENS):
         part, part_starts = [rows[i] for i in batch], [starts[i] for i in batch]
         # Padding may be any id: it stands on the right, behind every token that is scored.
-        logps = response_logps(model, part, part_starts, 0, dtype=best_dtype(model.device))
+        logps = response_logps(model, part, part_starts, 0, dtype=best_dtype(model.device), vocabulary=vocabulary)
         sizes = [len(row) - start for row, start in zip(part, part_starts, strict=True)]
         means[batch] = [piece.double().mean().item() for piece in logps.split(sizes)]
     return means
@@ -130,7 +132,9 @@ def outline_worth(model, pattern: Pattern, samples: list[Sample], seed: int) -> 
         kept.append(s.prompt)
     if not kept:
         return {"other": np.zeros(0), "none": np.zeros(0)}, []
-    means = {condition: mean_logps(model, *map(list, zip(*pairs, strict=True))) for condition, pairs in rows.items()}
+    means = {
+        condition: mean_logps(model, *map(list, zip(*pairs, strict=True)), pattern.size) for condition, pairs in rows.items()
+    }
     return {condition: means["own"] - means[condition] for condition in ("other", "none")}, kept
 
 
@@ -177,9 +181,14 @@ def by_prompt(values, prompts: list[str]) -> np.ndarray:
 
 
 def bootstrap(values: np.ndarray, seed: int) -> dict[str, Any] | None:
-    """Mean, 95% percentile interval, and the two-sided p-value of a mean of 0, from resampling the values."""
+    """Mean, 95% percentile interval, and the two-sided p-value of a mean of 0, from resampling the values.
+
+    A single value says nothing of its spread: no interval and no p. n values of one sign are 2^(1 - n) by chance, the least p.
+    """
     if not len(values):
         return None
+    if len(values) == 1:
+        return {"mean": float(values[0]), "ci95": None, "p_mean_zero": None, "prompts": 1}
     picks = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
     means = values[picks].mean(1)
     tail = min((means <= 0).mean(), (means >= 0).mean())
@@ -187,7 +196,7 @@ def bootstrap(values: np.ndarray, seed: int) -> dict[str, Any] | None:
     return {
         "mean": float(values.mean()),
         "ci95": [float(low), float(high)],
-        "p_mean_zero": float(min(1.0, max(2 * tail, 1 / RESAMPLES))),
+        "p_mean_zero": float(min(1.0, max(2 * tail, 1 / RESAMPLES, 2.0 ** (1 - len(values))))),
         "prompts": len(values),
     }
 
@@ -252,7 +261,9 @@ def measures(results: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
         return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
     def interval(value: dict | None) -> str:
-        return "–" if value is None else f"{number(value['mean'])} [{', '.join(number(end) for end in value['ci95'])}]"
+        if value is None or value["ci95"] is None:
+            return "–" if value is None else number(value["mean"])
+        return f"{number(value['mean'])} [{', '.join(number(end) for end in value['ci95'])}]"
 
     def add(name: str, show) -> None:
         rows.append((name, [show(result) for result in results]))

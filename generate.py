@@ -65,7 +65,7 @@ def read_prompts(args: Args) -> list[str]:
     name = str(args.prompts) if args.prompts else "standard input"
     try:
         data = args.prompts.read_bytes() if args.prompts else sys.stdin.buffer.read()
-        lines = data.decode("utf-8").splitlines()
+        lines = data.decode("utf-8-sig").split("\n")  # not splitlines, which cuts at line separators inside a JSON string
     except OSError as error:
         raise InputError(f"cannot read {name}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -78,7 +78,7 @@ def read_prompts(args: Args) -> list[str]:
         if args.prompts is not None and args.prompts.suffix == ".jsonl":
             try:
                 line = json.loads(line)["prompt"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise InputError(f'{name}, line {number}: not a JSON row with a field "prompt"') from None
             if not isinstance(line, str):
                 raise InputError(f"{name}, line {number}: the prompt is not text")

@@ -33,7 +33,7 @@ from storygen.corpus import load_manifest, load_sft, spread
 from storygen.logprobs import Precision, cast_once, check_head, pick_dtype, response_logps
 from storygen.memory import Shape, free_memory, halve_until_it_fits, keep_freed_memory, peak_memory, plan
 from storygen.pattern import Pattern, add_pattern_tokens, context_length
-from storygen.processes import add, add_gradients, deal, gather, join, share
+from storygen.processes import add, add_gradients, deal, gather, join, same, share
 from storygen.sampler import sample
 from storygen.tracking import Log, TrackerName, Trackers, progress, show_sample
 
@@ -51,7 +51,7 @@ class Args:
     model: str | None = None
     """Where to start: a model folder or hub name. Default for oneshot the preset's base model, for zeroshot artifacts/oneshot."""
     revision: str | None = None
-    """Commit of a hub model. Default: the preset's pinned one."""
+    """Commit of a hub model. Default: of the preset's base model the pinned one, of any other the newest."""
     examples: Path = ROOT / "prompts" / "oneshot.jsonl"
     """The static one-shot examples: rows of prompt, think, story."""
     steps: int | None = None
@@ -111,8 +111,8 @@ class Recipe:
 
 
 RECIPES = {
-    ("demo", "oneshot"): Recipe(steps=100, lr=5e-4, batch_tokens=4096, micro_tokens=1536, eval_every=50),
-    ("demo", "zeroshot"): Recipe(steps=240, lr=5e-4, batch_tokens=4096, micro_tokens=1536, eval_every=80),
+    ("demo", "oneshot"): Recipe(steps=50, lr=5e-4, batch_tokens=4096, micro_tokens=1536, eval_every=50),
+    ("demo", "zeroshot"): Recipe(steps=160, lr=5e-4, batch_tokens=4096, micro_tokens=1536, eval_every=80),
     # The rate and, about, the three epochs of the 1.97K rows (and their drills) that transformers' Trainer takes by default.
     ("gpt2", "oneshot"): Recipe(steps=400, lr=5e-5, batch_tokens=16384, micro_tokens=8192, eval_every=50),
     ("gpt2", "zeroshot"): Recipe(steps=300, lr=5e-5, batch_tokens=16384, micro_tokens=8192, eval_every=50),
@@ -245,7 +245,8 @@ def main(args: Args) -> None:
     fill(args, RECIPES[preset, args.mode])
     args.out = args.out or Path("artifacts") / args.mode
     if args.model is None and args.mode == "oneshot":
-        args.model, args.revision = BASE_MODELS[preset]
+        args.model, pinned = BASE_MODELS[preset]
+        args.revision = args.revision or pinned
     args.model = args.model or "artifacts/oneshot"
     check_flags(args, AT_LEAST, ABOVE_ZERO)
     if args.dropout >= 1:
@@ -253,6 +254,7 @@ def main(args: Args) -> None:
     dtype = pick_dtype(args.precision, device)
     print(json.dumps(as_json(args)))
     config = {name: value for name, value in as_json(args).items() if name not in ("track", "push_to_hub")}
+    config["data_hashes"] = manifest["hashes"]
 
     free = free_memory(device)  # before the model takes its part of it
     model, tokenizer = load_model(args.model, device, args.revision, dtype)
@@ -265,26 +267,25 @@ def main(args: Args) -> None:
     examples = load_examples(args.examples, pattern) if args.mode == "oneshot" else []
     if args.mode == "oneshot" and not examples:
         raise InputError(f"{args.examples} holds no example")
-    rows = {}
+    rows, texts = {}, {}
     for split in ("train", "validation"):
-        texts = load_sft(args.data, split)
-        fitted = [pattern.fit(r["prompt"], r["think"], r["story"], context) for r in texts]
+        loaded = load_sft(args.data, split)
+        fitted = [pattern.fit(r["prompt"], r["think"], r["story"], context) for r in loaded]
         rows[split] = [Row(*row) for row in fitted if row is not None]
-        if split == "train":
-            train_texts = [text for text, row in zip(texts, fitted) if row is not None]
+        texts[split] = [r for r, row in zip(loaded, fitted) if row is not None]
         shortened = sum(
-            row is not None and len(row[0]) < len(pattern.row(r["prompt"], r["think"], r["story"])[0])
-            for row, r in zip(fitted, texts)
+            len(row.ids) < len(pattern.row(r["prompt"], r["think"], r["story"])[0])
+            for row, r in zip(rows[split], texts[split])
         )
         print(
-            f"{split}: {len(rows[split])} rows, {shortened} shortened, {len(texts) - len(rows[split])} dropped (context {context})"
+            f"{split}: {len(rows[split])} rows, {shortened} shortened, {len(loaded) - len(rows[split])} dropped (context {context})"
         )
         if not rows[split]:
             raise InputError(f"{args.data} has no {split} row that fits a context of {context} tokens")
     check_head(model, rows["train"][0].ids, pattern.pad_id)
     # Validation rows meet the same example, and drills are cut at the same place, at every validation: so losses compare.
     generator = np.random.default_rng(args.seed)
-    drills = [drill(text, pattern, generator) for text in spread(load_sft(args.data, "validation"), args.eval_rows)]
+    drills = [drill(text, pattern, generator) for text in spread(texts["validation"], args.eval_rows)]
     drills = behind_examples([row for row in drills if len(row.ids) <= context], examples, generator, context)
     rows["validation"] = behind_examples(spread(rows["validation"], args.eval_rows), examples, generator, context)
     held_out = spread(rows["validation"], args.eval_prompts)
@@ -297,6 +298,10 @@ def main(args: Args) -> None:
     state = load_state(states, model, optimizer)
     if state is not None and state["config"] != config:
         raise InputError(f"{args.out} holds an unfinished run with other settings: give another --out, or delete it")
+    if not same(state and state["step"]):
+        raise InputError(
+            f"not every process finds the same checkpoint in {states}: all machines have to share the disk of --out"
+        )
     if state is None:
         needs = plan(
             Shape.of(model), rl=False, rows=min(args.rows, len(held_out)), micro_tokens=args.micro_tokens, dtype=dtype,
@@ -320,6 +325,8 @@ def main(args: Args) -> None:
         loss = mean_loss(model, rows["validation"], pattern, args, dtype)
         # What the stage is for: text alone is best after few steps, when the tags are not yet learnt.
         objective = mean_loss(model, rows["validation"] + drills, pattern, args, dtype, args.tag_weight)
+        if not math.isfinite(objective):
+            raise InputError(f"validation loss is not finite at step {step}: lower --lr")
         prefixes = [row.ids[: row.start] for row in held_out]
         mine = share(len(prefixes))
         draw = partial(
@@ -342,13 +349,15 @@ def main(args: Args) -> None:
         }
 
     start = state["step"]
-    stream = islice(batches(rows["train"], train_texts, examples, pattern, args, context), start, None)
+    stream = islice(batches(rows["train"], texts["train"], examples, pattern, args, context), start, None)
     last = {"val_loss": math.nan, "well_formed": math.nan}
     with progress(args.steps, start, f"{args.mode} learning", chief) as bar:
         for step in range(start, args.steps):
             clock = time.perf_counter()
             model.train()
-            torch.manual_seed(args.seed * 1_000_003 + step)  # dropout: a stream of its own for every step, as after a resume
+            torch.manual_seed(
+                (args.seed * 1_000_003 + step) % 2**63
+            )  # dropout: a stream of its own for every step, as after a resume
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
             batch = next(stream)

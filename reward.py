@@ -34,7 +34,7 @@ from storygen.calibration import (
     text_measures,
     token_weightings,
 )
-from storygen.cli import InputError, check_flags, run, write_atomically
+from storygen.cli import InputError, check_flags, pick_device, run, write_atomically
 from storygen.explain import write_page
 from storygen.hacks import FAMILIES, hack
 from storygen.idf import Idf
@@ -99,7 +99,7 @@ class Reward:
         data = Path(data_dir)
         try:
             named = json.loads((data / "manifest.json").read_text(encoding="utf-8"))["encoder"]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{data / 'manifest.json'} is missing: run data_prep.py first") from None
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{data / 'manifest.json'} names no encoder: run data_prep.py again") from None
@@ -286,7 +286,7 @@ class Workbench:
     data: Path = Path("artifacts/data")
     """Data folder written by data_prep.py."""
     length_target: float | None = None
-    """Words at which the length part is 1; default: the human median."""
+    """Words at which the length part is 1. Default: what a row was logged with (explain, rescore), else the human median."""
     reward: RewardConfig = field(default_factory=RewardConfig)
 
 
@@ -316,10 +316,7 @@ class Explain(Workbench):
 
 @dataclass
 class Rescore(Workbench):
-    """Logged samples under a changed config: rank correlation with the logged reward, and the pairs that flip.
-
-    Every sample meets the length target that it was logged with, unless --length-target gives another.
-    """
+    """Logged samples under a changed config: rank correlation with the logged reward, and the pairs that flip."""
 
     samples: tyro.conf.Positional[Path] = tyro.MISSING
     """samples.jsonl of a run: rows {prompt, think, story, finished, reward, raw}."""
@@ -342,8 +339,11 @@ class Audit(Workbench):
     """Draws the hacks and the samples."""
 
 
-def target_of(args: Workbench, reward: Reward) -> float:
-    return reward.calibration.quantile("story_words", 50) if args.length_target is None else args.length_target
+def target_of(args: Workbench, reward: Reward, row: dict[str, Any] | None = None) -> float:
+    """The length target asked for, else the one that the row was logged with, else the human median; in words."""
+    if args.length_target is not None:
+        return args.length_target
+    return (row or {}).get("length_target") or reward.calibration.quantile("story_words", 50)
 
 
 def sample_of(row: dict[str, Any]) -> Sample:
@@ -352,7 +352,7 @@ def sample_of(row: dict[str, Any]) -> Sample:
 
 def score_rows(args: ScoreRows) -> None:
     rows = read_rows(args.rows)
-    reward = Reward.load(args.data, args.reward, args.device)
+    reward = Reward.load(args.data, args.reward, pick_device(args.device))
     scores = reward([sample_of(row) for row in rows], target_of(args, reward))
     lines = [json.dumps(row | asdict(score), ensure_ascii=False) for row, score in zip(rows, scores, strict=True)]
     text = "\n".join(lines) + "\n"
@@ -367,7 +367,7 @@ def explain(args: Explain) -> None:
     if not 1 <= args.row <= len(rows):
         raise InputError(f"{args.rows} holds rows 1 to {len(rows)}, not {args.row}")
     reward, sample, console = Reward.load(args.data, args.reward), sample_of(rows[args.row - 1]), Console()
-    score = reward([sample], target_of(args, reward))[0]
+    score = reward([sample], target_of(args, reward, rows[args.row - 1]))[0]
     off = {name for name in GUARDS if not getattr(args.reward.guards, name).on}
     probe, tf = reward.calibration.probe, args.reward.correlation.tf
     found = list(answered(reward.encoder, probe, sample.think, sample.story, reward.token_table, tf))
@@ -402,13 +402,11 @@ def rescore(args: Rescore) -> None:
             f"{args.samples}: row {missing} was logged under another idf_cap, or by an older version: encode it again "
             "with `reward.py score`"
         )
-    default = target_of(args, reward)
     scores = []
     for row in rows:
         verdict = verdict_of(sample := sample_of(row))
         raw = reward.measure_text(sample) | row["raw"] if verdict == "ok" else {}
-        target = row.get("length_target", default) if args.length_target is None else default
-        scores.append(reward.combine(raw, verdict, target))
+        scores.append(reward.combine(raw, verdict, target_of(args, reward, row)))
     old, new = np.array([row["reward"] for row in rows]), np.array([score.reward for score in scores])
     print(args.reward.effective())
     print(f"{len(rows)} samples: rank correlation {rank_correlation(old, new):.3f}")

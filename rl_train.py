@@ -30,24 +30,16 @@ from tqdm import tqdm
 from rew_config import RewardConfig
 from reward import Reward, Sample, Score
 from storygen.batching import token_budget_batches
+from storygen.bertscore import weights_sha256
 from storygen.card import before_and_after, push, write_card
-from storygen.checkpoint import (
-    Interrupt,
-    Stopped,
-    checkpoints,
-    load_model,
-    load_state,
-    save_model,
-    save_state,
-    weights_sha256,
-)
+from storygen.checkpoint import Interrupt, Stopped, checkpoints, load_model, load_state, save_model, save_state
 from storygen.cli import InputError, as_json, check_flags, claim, fill, pick_device, run, write_atomically
 from storygen.corpus import load_manifest, load_prompts, load_sft, spread
 from storygen.logprobs import Precision, cast_once, check_forward, check_head, pick_dtype, response_logps
 from storygen.memory import Shape, free_memory, halve_until_it_fits, keep_freed_memory, peak_memory, plan
 from storygen.pattern import Pattern, context_length
 from storygen.ppo import Advantage, adapt_beta, advantages, next_length_target, policy_loss
-from storygen.processes import add, add_gradients, gather, join, share
+from storygen.processes import add, add_gradients, gather, join, same, share
 from storygen.report import write_report
 from storygen.rollout import Rollout, rollout, rollout_logps
 from storygen.textstats import words
@@ -146,7 +138,7 @@ class Recipe:
 
 RECIPES = {
     # On a processor short passes, whose activations stay in its cache, are a sixth faster than passes of 4,096 tokens.
-    "demo": Recipe(steps=30, prompts=12, k=8, lr=1.5e-4, micro_tokens=1536, eval_every=10),
+    "demo": Recipe(steps=20, prompts=8, k=8, lr=1.5e-4, micro_tokens=1536, eval_every=10),
     # 1e-5 and 256 samples a step: TRL's PPO when it was made for GPT-2 (huggingface.co/docs/trl/v0.4.1/trainer); K as its GRPO's.
     "gpt2": Recipe(steps=500, prompts=32, k=8, lr=1e-5, micro_tokens=8192, eval_every=25),
 }
@@ -223,7 +215,9 @@ def learn(
     old = logps_under(model, later)
     ref = logps_under(reference, list(range(len(lengths))))
 
-    totals = {"approx_kl": 0.0, "clipped": 0.0, "loss": 0.0, "tokens": 0, "skipped": 0, "updates": 0, "grad_norm": 0.0}
+    totals = dict.fromkeys(("approx_kl", "clipped", "loss", "grad_norm"), 0.0) | dict.fromkeys(
+        ("tokens", "finite", "skipped", "updates"), 0
+    )
     gap = 0.0
     for number, (members, tokens) in enumerate(zip(parts, part_tokens, strict=True)):
         seen = fitting(partial(gradient, members, tokens, number == 0)) | {"gap": 0.0}
@@ -239,14 +233,16 @@ def learn(
                     f"the sampler's log-probabilities are {gap:.1e} nats a token from the training forward's, over "
                     f"{GAP_LIMIT[dtype]:.0e}: the samples are not the policy's; try --precision fp32"
                 )
-        totals["tokens"] += tokens
-        for name in ("approx_kl", "clipped", "loss"):
-            totals[name] += seen[name]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
         too_far = seen["approx_kl"] / tokens > args.kl_stop
-        if not math.isfinite(norm):
+        if math.isfinite(norm):
+            totals["tokens"] += tokens
+            totals["finite"] += 1
+            for name in ("approx_kl", "clipped", "loss"):
+                totals[name] += seen[name]
+        else:
             totals["skipped"] += 1
-        elif not too_far:
+        if math.isfinite(norm) and not too_far:
             optimizer.step()
             totals["updates"] += 1
             totals["grad_norm"] = max(totals["grad_norm"], norm)
@@ -260,9 +256,9 @@ def learn(
         "objective/kl": kl / drawn,
         "objective/entropy": entropy / drawn,
         "objective/beta": beta,
-        "policy/loss": totals["loss"] / max(1, totals["updates"]),
-        "policy/approx_kl": totals["approx_kl"] / totals["tokens"],
-        "policy/clipfrac": totals["clipped"] / totals["tokens"],
+        "policy/loss": totals["loss"] / max(1, totals["finite"]),
+        "policy/approx_kl": totals["approx_kl"] / max(1, totals["tokens"]),
+        "policy/clipfrac": totals["clipped"] / max(1, totals["tokens"]),
         "policy/grad_norm": totals["grad_norm"],
         "policy/updates": totals["updates"],
         "policy/skipped": totals["skipped"],
@@ -363,12 +359,16 @@ def main(args: Args) -> None:
         for k, v in as_json(args).items()
         if k not in ("steps", "resume", "out", "device", "data", "model", "track", "push_to_hub")
     }
-    config |= {"model_sha256": weights_sha256(args.model), "data": manifest["hashes"]}
+    config |= {"model_sha256": weights_sha256(reference), "data": manifest["hashes"]}
     lock = claim(args.out) if chief else None  # noqa: F841  held until the process ends
     state = load_state(states, model, optimizer) if args.resume else None
     if state is not None and state["config"] != config:
         changed = sorted(k for k in config if state["config"].get(k) != config[k])
         raise InputError(f"{args.out} holds a run with other settings ({', '.join(changed)}): give another --out")
+    if not same(state and state["step"]):
+        raise InputError(
+            f"not every process finds the same checkpoint in {states}: all machines have to share the disk of --out"
+        )
     if state is None:
         needs = plan(
             Shape.of(model), rl=True, rows=min(args.rows, max(args.prompts * args.k, args.eval_prompts)),
@@ -438,7 +438,8 @@ def main(args: Args) -> None:
 
     if state["step"] == 0:
         before, batch, samples = evaluate(0)
-        human = [Sample(row["prompt"], row["think"], row["story"], True) for row in load_sft(args.data, "validation")]
+        rows = spread(load_sft(args.data, "validation"), 100)  # enough for the 10th and 90th percentile
+        human = [Sample(row["prompt"], row["think"], row["story"], True) for row in rows]
         before |= human_range(reward(human, human_median))
         check_head(model, batch.rows[0], pattern.pad_id)
         checks = check_forward(model, reference, batch.rows[:8], batch.starts[:8], pattern.pad_id)
@@ -449,12 +450,14 @@ def main(args: Args) -> None:
         # The length target starts where the model is, and may rise to what the context holds beside prompt and outline.
         told = sum(len(words(s.think)) + len(words(s.story)) for s in samples)
         tokens_per_word = add(batch.response_tokens())[0] / max(1, told)
-        beside = statistics.median(gather(batch.starts)) + tokens_per_word * before["eval/length/outline_median"]
-        longest = 0.8 * (context - beside) / tokens_per_word
-        lengths = [len(words(s.story)) for s in samples if s.verdict == "ok"] or [human_median]
-        start = min(statistics.median(lengths), longest)
+        whole = [s for s in samples if s.verdict == "ok"]  # others have an outline without end, or none
+        outlines = [len(words(s.think)) for s in whole] or [reward.calibration.quantile("think_words", 50)]
+        beside = statistics.median(gather(batch.starts)) + tokens_per_word * statistics.median(outlines)
+        longest = max(1.0, 0.8 * (context - beside) / tokens_per_word)
+        start = min(statistics.median([len(words(s.story)) for s in whole] or [human_median]), longest)
         state |= {"length_target": start, "length_low": start / 2, "length_high": longest, "beta": args.beta,
-                  "quality_mean": None, "quality_std": None, "skipped_in_a_row": 0, "eval_reward": before["eval/reward"]}  # fmt: skip
+                  "quality_mean": None, "quality_std": None, "skipped_in_a_row": 0, "eval_reward": before["eval/reward"],
+                  "eval_step": 0}  # fmt: skip
 
     shown = [name for name, weight in args.reward.weights().items() if weight]
     print(f"in the bar: parts {'/'.join(shown)}; words of a story, median/target")
@@ -503,7 +506,7 @@ def main(args: Args) -> None:
             if step % args.eval_every == 0 or step == args.steps:
                 held, *_ = evaluate(step)
                 row |= held
-                state["eval_reward"] = held["eval/reward"]
+                state |= {"eval_reward": held["eval/reward"], "eval_step": step}
             state.setdefault("entropy_start", row["objective/entropy"])
             if rings := alarms(row, args.kl_target, state["entropy_start"]):
                 row["alarms"] = rings
@@ -544,6 +547,13 @@ def main(args: Args) -> None:
             if asked and step < args.steps:
                 leave(step)
 
+    last = max(state["step"], args.steps)
+    if state["eval_step"] < last:  # a run that was stopped, and ended there by a smaller --steps
+        held, *_ = evaluate(last)
+        state["eval_reward"] = held["eval/reward"]
+        if chief:
+            metrics.write({"step": last, **held})
+            trackers.log({"step": last, **held})
     if not chief:
         return
     trackers.finish()

@@ -1,6 +1,5 @@
 """Models and training states on disk: written whole or not at all, verified when read."""
 
-import hashlib
 import json
 import os
 import re
@@ -68,12 +67,6 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     with _whole_folder(folder) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-
-
-def weights_sha256(folder: str | Path) -> str:
-    """One checksum over a model folder's weight files, in the order of their names."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
 
 
 @contextmanager

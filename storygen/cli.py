@@ -15,7 +15,14 @@ from typing import IO, Any
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used. The message is one line: what is wrong, where, and what to do."""
+    """Something the user gave cannot be used. The message is one line: what is wrong, where, and what to do.
+
+    one_process: of several processes perhaps only this one has met it, so it has to say so whichever it is.
+    """
+
+    def __init__(self, message: str, one_process: bool = False) -> None:
+        super().__init__(message)
+        self.one_process = one_process
 
 
 # What is said of a write that is refused.
@@ -50,8 +57,9 @@ def run(main: Callable[[Any], None], args_type: Any) -> None:
     try:
         main(args)
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":  # torchrun's name for the first of its processes
-            print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # torchrun's name for the number of a process
+        if rank == "0" or error.one_process:
+            print(f"error: {f'process {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; nothing half-written was left behind", file=sys.stderr)
@@ -127,10 +135,13 @@ def claim(out: Path) -> IO[str]:
     """Keep every other process from writing to an output folder, as long as the file that is returned stays open.
 
     The lock stands beside the folder, which may be replaced as a whole, and the kernel opens it when this process ends in
-    whatever way. Raises `InputError` with the holder's process id.
+    whatever way. Raises `InputError` with the holder's process id, or where `out` is a file.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    file = open(out.with_name(f".{out.name}.lock"), "a+", encoding="ascii")  # noqa: SIM115  open as long as the run
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: give another --out, a folder")
+    whole = out.absolute()  # "." has no name to put the lock's beside
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    file = open(whole.with_name(f".{whole.name}.lock"), "a+", encoding="ascii")  # noqa: SIM115  open as long as the run
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -161,11 +172,16 @@ def check_flags(args: Any, at_least: dict[str, float], above_zero: tuple[str, ..
 
 
 def pick_device(device: str) -> str:
-    """ "auto" is the GPU where there is one. Raises `InputError` for a GPU that is not there."""
+    """ "auto" is the GPU where there is one. Raises `InputError` for a name that is none of these, or a GPU that is not there."""
     import torch
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    kind, _, number = device.partition(":")
+    if device != "cpu" and (kind != "cuda" or not (number or "0").isdecimal()):
+        raise InputError(f"--device {device}: it is auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {device}: no GPU is visible here; use --device cpu")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {device}: {torch.cuda.device_count()} GPUs are visible here, counted from 0")
     return device

@@ -182,5 +182,6 @@ def draw(
     before = upto.gather(1, block) - inside[:, -1:]
     # Rounding must not carry the draw out of the block.
     rest = torch.minimum((target - before).clamp_(min=0), inside[:, -1:] * (1 - 2**-23))
-    chosen = block * BLOCK + torch.searchsorted(inside, rest, right=True)
+    # Clamped for logits that are no numbers: their token is any, its log-probability is none, and the caller can tell.
+    chosen = block * BLOCK + torch.searchsorted(inside, rest, right=True).clamp_(max=BLOCK - 1)
     return chosen[:, 0], law.gather(-1, chosen)[:, 0].log()

@@ -149,5 +149,8 @@ def check_forward(
     }
     for (name, value), limit in zip(found.items(), (1e-3, 1e-6, 1e-3)):
         if not value <= limit:
-            raise InputError(f"{name} is {value:.1e}, over {limit:.0e}: this model does not fit the plain causal forward")
+            raise InputError(
+                f"{name} is {value:.1e}, over {limit:.0e}: this model does not fit the plain causal forward",
+                one_process=True,
+            )
     return found

@@ -114,7 +114,8 @@ def plan(
         else:
             raise InputError(
                 f"the run needs {plan.peak / 1e9:.1f} GB with one row at a time, and {available / 1e9:.1f} GB are free: "
-                "take a smaller model, or stop what else uses the memory"
+                "take a smaller model, or stop what else uses the memory",
+                one_process=True,
             )
     return plan
 
@@ -179,7 +180,10 @@ def halve_until_it_fits(settings: Any, name: str, least: int, work: Callable[[in
                 raise
         # Past the handler: the error's traceback would hold on to the tensors of the work that failed.
         if size <= least:
-            raise InputError(f"out of memory at --{name.replace('_', '-')} {size}, the least there is: take a smaller model")
+            raise InputError(
+                f"out of memory at --{name.replace('_', '-')} {size}, the least there is: take a smaller model",
+                one_process=True,
+            )
         setattr(settings, name, max(least, size // 2))
         tqdm.write(f"warning: out of memory: {name} {size} -> {getattr(settings, name)}, same work again", file=sys.stderr)
         gc.collect()

@@ -177,7 +177,7 @@ class Pattern:
         return text.replace(INDENT, "\n").strip()
 
     def parse(self, response: list[int]) -> Parsed:
-        """Take apart the ids that follow `prefix`; the verdict looks at ids, so plain text cannot pose as a tag."""
+        """Take apart the ids that follow `prefix`, at the tags' own ids; a tag spelled out in a section's text makes it malformed."""
         finished = self.eos_id in response
         end = response.index(self.eos_id) if finished else len(response)
         body = response[:end]

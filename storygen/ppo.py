@@ -29,7 +29,7 @@ def advantages(
 
     loo divides by the deviation from the prompts' means over the batch: a prompt whose samples nearly tie keeps small
     advantages, where its own deviation would blow noise up to full size. All but raw are clipped to +-`limit`.
-    Raises `ValueError` where loo or group has a single sample a prompt.
+    Raises `ValueError` where any but raw has a single sample a prompt.
     """
     samples = rewards.shape[1]
     if mode == "raw":

@@ -37,6 +37,11 @@ def gather(items: list) -> list:
     return gather_object(items)
 
 
+def same(value: object) -> bool:
+    """Whether every process has this value."""
+    return len(set(gather([value]))) == 1
+
+
 def add(*values: float) -> list[float]:
     """Each value's sum over the processes, in every process."""
     state = PartialState()

@@ -1,6 +1,7 @@
 """What the reward's workbench shows: rows read from a file, which word answered which, which pairs of samples flip."""
 
 import json
+import math
 import re
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,9 @@ def read_rows(path: Path, extra: dict[str, type] | None = None) -> list[dict[str
                 raise InputError(f"{path}:{number}: {key!r} holds half a character (a lone surrogate), which is no text")
         if row.get("room") is not None and not isinstance(row["room"], int):
             raise InputError(f"{path}:{number}: 'room' must be a whole number")
+        target = row.get("length_target")
+        if target is not None and not (isinstance(target, int | float) and 0 < target < math.inf):
+            raise InputError(f"{path}:{number}: 'length_target' must be a number above 0")
         rows.append(row)
     if not rows:
         raise InputError(f"{path} holds no row")

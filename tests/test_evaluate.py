@@ -121,6 +121,9 @@ def test_the_prompt_is_the_unit_of_the_bootstrap():
     assert result["p_mean_zero"] == 1 / evaluate.RESAMPLES
     assert evaluate.bootstrap(np.zeros(5), seed=0)["p_mean_zero"] == 1.0
     assert evaluate.bootstrap(np.zeros(0), seed=0) is None
+    # Too few to be sure: one value has no spread, and three coins fall alike one time in four.
+    assert evaluate.bootstrap(np.ones(1), seed=0) == {"mean": 1.0, "ci95": None, "p_mean_zero": None, "prompts": 1}
+    assert evaluate.bootstrap(np.array([0.1, 0.2, 0.3]), seed=0)["p_mean_zero"] == 0.25
 
 
 class WordCount:

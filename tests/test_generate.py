@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import generate
 from reward import Reward, Sample
 from storygen.checkpoint import load_model, save_model
 from storygen.logprobs import response_logps
@@ -66,6 +67,13 @@ def test_text_and_json_show_the_same_story(script, folder):
 def rows_of(done) -> list[dict]:
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_rows_of_a_prompt_file_end_where_json_says(tmp_path):
+    """A byte-order mark, as some editors write, is no text; a line separator inside a string ends no row."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "One\u2028line."}\r\n{"prompt": "Two."}\n', "utf-8-sig")
+    assert generate.read_prompts(generate.Args(prompts=path)) == ["One\u2028line.", "Two."]
 
 
 class ByLength:
@@ -165,6 +173,8 @@ def read(terminal: int) -> bytes:
         (["x", "--model", "MODEL", "--outline", " "], b"", "--outline"),
         (["x", "--model", "MODEL", "--outline", "a <story> b"], b"", "--outline"),
         (["x", "--model", "MODEL", "--device", "cuda"], b"", "no GPU"),
+        (["x", "--model", "MODEL", "--device", "gpu"], b"", "--device gpu: it is auto, cpu, cuda or cuda:N"),
+        (["x", "--model", "MODEL", "--best-of", "2", "--data", "BAD"], b"", "run data_prep.py first"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(script, folder, tmp_path, arguments, stdin, says):

@@ -4,12 +4,14 @@ import copy
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from rl_train import Args, learn
-from storygen.processes import add, gather, join, share
+from storygen.cli import InputError, run
+from storygen.processes import add, gather, join, same, share
 from storygen.rollout import rollout
 from tests.conftest import ROOT, tiny_gpt2
 
@@ -49,10 +51,28 @@ def test_samples_gradient_and_metrics_are_those_of_one_process(tmp_path, process
         assert theirs["stats"] == pytest.approx(stats, rel=1e-4, abs=1e-5)
 
 
+@dataclass
+class NoFlags:
+    pass
+
+
+@pytest.mark.parametrize("alone, says", [(True, "error: process 1: no memory left\n"), (False, "")])
+def test_what_one_process_alone_has_met_it_tells_itself(monkeypatch, capsys, alone, says):
+    def failing(_):
+        raise InputError("no memory left", one_process=alone)
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys, "argv", ["rl_train.py"])
+    with pytest.raises(SystemExit) as stop:
+        run(failing, NoFlags)
+    assert stop.value.code == 2 and capsys.readouterr().err == says
+
+
 def main(folder: str) -> None:
     state, _ = join("cpu")
     weights, stats, rows = learnt()
     facts = {"weights": weights, "stats": stats, "rows": rows, "sum": add(state.process_index, 1)}
+    assert same("step 4") and not same(state.process_index)
     torch.save(facts, f"{folder}/{state.process_index}.pt")
 
 

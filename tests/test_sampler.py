@@ -60,6 +60,11 @@ def test_a_draw_is_the_quantile_of_its_uniform(vocabulary, seed, impossible, uni
         assert logps[row].item() == pytest.approx(law[row, token].log().item(), abs=1e-5)
 
 
+def test_a_draw_from_no_numbers_says_so_and_goes_on():
+    tokens, logps = draw(torch.full((2, 3 * BLOCK), torch.nan), torch.tensor([0.0, 0.9]), 1.0, 1.0)
+    assert all(0 <= token < 3 * BLOCK for token in tokens.tolist()) and logps.isnan().all()
+
+
 def test_rows_beyond_the_vocabulary_are_no_part_of_the_law(tiny):
     model, _, pattern = tiny
     prefix = pattern.prefix("Rain")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -210,6 +211,34 @@ def test_a_run_rescored_under_its_own_config_prefers_what_it_preferred(whole_run
     assert "rank correlation 1.000" in done.stdout and "\n0 of " in done.stdout, done.stderr
 
 
+def test_a_sample_is_explained_at_the_length_target_it_was_logged_with(whole_run, home, script):
+    samples = without_times(whole_run / "samples.jsonl")
+    number = next(n for n, s in enumerate(samples, 1) if s["split"] == "train" and s["verdict"] == "ok")
+    done = script("reward.py", "explain", whole_run / "samples.jsonl", "--row", number, "--data", home / "data")
+    assert f"reward {samples[number - 1]['reward']:.3f} " in done.stdout, done.stderr
+
+
+def test_a_stopped_run_can_be_ended_where_it_is(whole_run, zeroshot, home, script):
+    out = home / "ended"
+    shutil.copytree(whole_run, out)
+    shutil.rmtree(out / "checkpoints" / "step_000004")
+    shutil.rmtree(out / "final")
+    done = script("rl_train.py", "--data", home / "data", "--model", zeroshot, "--out", out, "--resume", *RL, "--steps", "3")
+    assert done.returncode == 0, done.stderr
+    metrics = without_times(out / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [0, 1, 2, 3, 3] and "eval/reward" in metrics[-1]
+    assert f"{metrics[-1]['eval/reward']:.3f}" in (out / "final/README.md").read_text()
+
+
+def test_a_model_without_a_story_to_its_name_has_a_length_target_too(script, home):
+    """Its outlines run to the context's end, and there is one prompt: no room is left beside them."""
+    out = home / "no_story"
+    done = script("rl_train.py", "--data", home / "data", "--model", home / "oneshot", "--out", out, *RL,
+                  "--eval-prompts", "1", "--steps", "1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert without_times(out / "metrics.jsonl")[1]["length/target"] >= 1
+
+
 @pytest.mark.parametrize(
     ("signals", "code"), [([signal.SIGKILL], -9), ([signal.SIGTERM], 143), ([signal.SIGINT, signal.SIGINT], 130)]
 )
@@ -377,6 +406,7 @@ def test_samples_that_are_not_the_policys_are_refused(monkeypatch, capsys, zeros
         (["--model", "artifacts/nowhere"], "does not exist"),
         (["--model", "base_model"], "pattern_learning.py"),
         (["--out", "RUN"], "--resume"),
+        (["--out", "FILE"], "is a file"),
         (["--out", "RUN", "--resume", "--lr", "0.5"], "other settings (lr)"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--minibatches", "3"], "--minibatches"),
@@ -389,7 +419,8 @@ def test_samples_that_are_not_the_policys_are_refused(monkeypatch, capsys, zeros
     ],
 )
 def test_rl_refuses_bad_input_in_one_line(script, whole_run, zeroshot, home, arguments, says):
-    arguments = [str(whole_run) if a == "RUN" else a for a in arguments]
+    names = {"RUN": str(whole_run), "FILE": str(home / "toy.jsonl")}
+    arguments = [names.get(a, a) for a in arguments]
     before = sorted(p.name for p in home.rglob("*"))
     done = script("rl_train.py", "--data", home / "data", "--model", zeroshot, "--out", home / "bad", *RL, *arguments)
     lines = done.stderr.splitlines()

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -83,6 +84,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tiny, batch):
     weights, stats = updated(tiny, batch, [float("nan"), *ADVANTAGES[1:]])
     assert stats["policy/skipped"] == 1 and stats["policy/updates"] == 0
     assert torch.equal(weights, flat(tiny[0]))
+    assert all(math.isfinite(value) for value in stats.values())
 
 
 def test_a_step_that_moves_too_far_stops(tiny, batch):
