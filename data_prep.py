@@ -4,9 +4,9 @@
     python data_prep.py --preset demo                        # offline, from the embedded corpus
     python data_prep.py --source stories.csv --outlines teacher --teacher-url http://localhost:8000/v1 --teacher-model NAME
 
-Rows are read, cleaned and split by the content of their prompt; rows with an outline become `sft.parquet`, all prompts
-`prompts.parquet`. The IDF table is counted over stories and outlines, the calibration over the human training rows. The
-folder is built aside and put in place at the end: it holds a whole data set or the one before.
+Rows are read, cleaned and split by the content of their prompt. Rows with an outline go to `sft.parquet`, all prompts to
+`prompts.parquet`. The IDF table is counted over stories and outlines, the calibration measured on the human training rows.
+The data set is built in a temporary folder and moved into place at the end: --out holds a whole one or the previous one.
 """
 
 import heapq
@@ -52,57 +52,57 @@ CALIBRATION_STORIES = 20_000
 @dataclass
 class Args:
     preset: Literal["auto", "demo", "gpt2"] = "auto"
-    """demo: the embedded corpus, offline; gpt2: the full hub data sets; auto: gpt2 where a GPU is visible, else demo."""
+    """demo: the embedded corpus, offline; gpt2: the full hub data sets; auto: gpt2 if a GPU is visible, else demo."""
     out: Path = Path("artifacts/data")
-    """Folder to write. One that holds anything but an earlier data set is refused."""
+    """Folder to write. Refused if it holds anything but an earlier data set."""
     source: str | None = None
     """Stories and prompts: hub, corpus, or the path of a file or folder. Default by preset."""
     outlines: str | None = None
     """Rows with outlines: hub, corpus, teacher (asked about --source rows), or a path. Default by preset."""
     limit: int | None = None
-    """Read at most this many rows of each."""
+    """Read at most this many rows from each of --source and --outlines."""
     seed: int = 0
-    """Draws the stories that are calibrated on and the rows that the teacher is asked about."""
+    """Seed for drawing the calibration stories and the rows that the teacher is asked about."""
 
     source_hub: str = "euclaise/writingprompts"
-    """Data set that --source hub reads, all splits."""
+    """Data set read by --source hub, all splits."""
     source_revision: str = "main"
-    """Its branch, tag or commit; the commit that it stood for goes into the manifest."""
+    """Its branch, tag or commit; the resolved commit is recorded in the manifest."""
     outlines_hub: str = "hungq/outline-story-2000"
-    """Data set that --outlines hub reads."""
+    """Data set read by --outlines hub."""
     outlines_revision: str = "main"
     """Its branch, tag or commit."""
 
     prompt_column: str | None = None
-    """Column of --source with the prompt; found by its name (prompt) unless set."""
+    """Column of --source with the prompt; found by name (prompt) unless set."""
     story_column: str | None = None
-    """Column of --source with the story; found by its name (story, completion, text) unless set."""
+    """Column of --source with the story; found by name (story, completion, text) unless set."""
     outlines_prompt_column: str | None = None
     """Column of --outlines with the prompt."""
     outlines_think_column: str | None = None
-    """Column of --outlines with the outline; found by its name (think, outline, plan) unless set."""
+    """Column of --outlines with the outline; found by name (think, outline, plan) unless set."""
     outlines_story_column: str | None = None
     """Column of --outlines with the story."""
     words: Bounds = field(default_factory=Bounds)
     """How long texts may be, in words."""
 
     teacher_url: str = "http://localhost:8000/v1"
-    """OpenAI-compatible endpoint that --outlines teacher asks. Its key is read from OPENAI_API_KEY."""
+    """OpenAI-compatible endpoint for --outlines teacher. Its key is read from OPENAI_API_KEY."""
     teacher_model: str = "default"
-    """Name of the model to ask for there."""
+    """Name of the teacher model to request."""
     teacher_sample: int = 2000
-    """Rows of --source to ask about."""
+    """Number of --source rows to ask about."""
     teacher_template: Path | None = None
-    """What it is asked, with {prompt} and {story} in it; prompts/outline_teacher.txt unless set."""
+    """Template of the question to the teacher, with {prompt} and {story} in it; prompts/outline_teacher.txt unless set."""
     teacher_cache: Path = Path("artifacts/outlines.jsonl")
-    """Its answers, appended to: an interrupted run continues from here."""
+    """File that the teacher's answers are appended to; an interrupted run continues from there."""
     teacher_concurrency: int = 8
-    """Requests under way at once."""
+    """Maximum concurrent requests."""
 
     encoder: str = "minilm"
-    """Encoder that the IDF table and the calibration are for: minilm (offline), or a hub name or folder."""
+    """Encoder for the IDF table and the calibration: minilm (offline), or a hub name or folder."""
     encoder_layer: int | None = None
-    """Hidden layer of the encoder to match on, from 1; None is the encoder's own default."""
+    """Hidden layer of the encoder to match on, counted from 1; None: the encoder's default."""
     device: str = "auto"
     """Where the encoder runs: auto, cpu, cuda or cuda:N."""
 
@@ -138,7 +138,7 @@ def main(args: Args) -> None:
         store.settle()
         asked = {"teacher": ask_teacher(args, store)} if args.outlines == "teacher" else {}
         rows = store.write(aside)
-        # Only a terminal gets bars; anything else would fill with them.
+        # Progress bars only on a terminal; they would flood anything else.
         total = sum(1 for _ in store.texts()) if sys.stderr.isatty() else None
         idf = build_idf(encoder.tokenizer, store.texts(), total)
         idf.save(aside / "idf.npz")
@@ -181,7 +181,7 @@ def choose_preset(preset: str) -> tuple[str, str]:
 
 
 def check(args: Args) -> None:
-    """What can be known to be wrong before hours of reading."""
+    """Check what can be checked before hours of reading."""
     check_flags(args, {"limit": 1, "teacher_sample": 1, "teacher_concurrency": 1, "seed": 0})
     if args.source == "teacher":
         raise InputError("--source teacher: a teacher writes outlines, not stories; use --outlines teacher")
@@ -197,7 +197,7 @@ def check(args: Args) -> None:
 
 
 def read(args: Args, store: RowStore) -> dict[str, dict]:
-    """Fill the store, the outline set first: where both hold a story, the row with the outline stays. What was read."""
+    """Fill the store, outlines first: if both sets hold a story, the row with the outline is kept. Returns what was read."""
     columns = {
         "outlines": Columns(
             args.outlines_prompt_column, args.outlines_think_column, args.outlines_story_column, "outlines-"
@@ -223,7 +223,7 @@ def read(args: Args, store: RowStore) -> dict[str, dict]:
             rows = read_rows(place, columns[origin], wrong)
             sources[origin] = {"from": place}
         if origin == "source":
-            # The outlines come from elsewhere: whatever plan this set may hold was not asked for.
+            # The outlines come from elsewhere: drop any that this set may hold.
             rows = (row | {"think": None} for row in rows)
         whole: Counter = Counter()
         rows = tqdm(islice(rows, args.limit), desc=f"reading {origin}", unit=" rows", total=args.limit, disable=None)
@@ -238,20 +238,20 @@ def read(args: Args, store: RowStore) -> dict[str, dict]:
 
 
 def counting_whole(rows: Iterable[dict], whole: Counter) -> Iterator[dict]:
-    """The rows, those with an outline and a story counted as they pass."""
+    """Yield the rows, counting those with both an outline and a story."""
     for row in rows:
         whole["rows"] += bool(row["think"] and row["story"])
         yield row
 
 
 def ask_teacher(args: Args, store: RowStore) -> dict:
-    """Give a sample of the stored stories an outline each; counts in the shape of the store's."""
+    """Get an outline for each of a sample of the stored stories. Returns counts in the form of the store's."""
     path = args.teacher_template or Path(__file__).parent / "prompts" / "outline_teacher.txt"
     try:
         template = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         raise InputError(f"--teacher-template {path}: cannot be read") from None
-    # Keyed by content, so that a longer source or another limit asks about the same rows again, out of the cache.
+    # Keyed by content, so that a longer source or another limit asks about the same rows again, answered from the cache.
     stories = ((text_key(f"{args.seed} {row['story']}"), i, row) for i, row in store.rows() if row["story"])
     chosen = heapq.nsmallest(args.teacher_sample, stories, key=lambda item: item[:2])
     teacher = Teacher(args.teacher_url, args.teacher_model, template, args.teacher_cache, args.teacher_concurrency)
@@ -266,7 +266,7 @@ def ask_teacher(args: Args, store: RowStore) -> dict:
 
 
 def calibrated(rows: list[dict], encoder: Encoder, idf: Idf, seed: int, stories: list[str], earlier: Path) -> Calibration:
-    """The calibration on human rows: the earlier one, where it was made of the very same by the same code."""
+    """The calibration on human rows; the earlier one is reused if it was made from the same inputs by the same code."""
     key = inputs_key(rows, encoder, idf, seed, stories)
     try:
         calibration = Calibration.load(earlier)

@@ -4,7 +4,7 @@
     python evaluate.py MODEL [MODEL …] --data DIR --out DIR --reference base_model
 
 Every model answers the same prompts with the same seed and is scored by the same reward. Intervals are 95% bootstrap
-intervals over prompts; each model is compared with the first one prompt by prompt.
+intervals over prompts; each model is compared with the first, prompt by prompt.
 """
 
 import json
@@ -46,7 +46,7 @@ TOKENS = 8192  # of one forward pass, padding included
 class Args:
     models: tyro.conf.Positional[tuple[str, ...]]
     """Model folders made by pattern_learning.py or rl_train.py; each is compared with the first. A plain language model,
-    such as base_model, is given the pattern's tokens untrained: what it writes shows what learning the pattern brings."""
+    such as base_model, gets the pattern's tokens untrained: what it writes shows what learning the pattern brings."""
     data: Path = Path("artifacts/data")
     """Folder made by data_prep.py."""
     out: Path = Path("artifacts/evaluation")
@@ -54,9 +54,9 @@ class Args:
     json: bool = False
     """Print one JSON object as the last line."""
     num: int = 4
-    """Samples of each prompt."""
+    """Samples per prompt."""
     prompts: int = 64
-    """How many prompts of the split, drawn with the seed; all where it has fewer."""
+    """Number of prompts to draw from the split with the seed; all if it has fewer."""
     split: str = "test"
     """Split of the prompts: test, validation or train."""
     seed: int = 0
@@ -85,7 +85,7 @@ def check(args: Args) -> None:
 
 
 def load_policy(folder: str, device: str) -> tuple[PreTrainedModel, Pattern]:
-    """A model that is to write, and its pattern, whose tokens are added to a tokenizer without them."""
+    """A model to evaluate and its pattern, whose tokens are added to the tokenizer if it lacks them."""
     model, tokenizer = load_model(folder, device, dtype=best_dtype(device))
     add_pattern_tokens(model, tokenizer)
     return model, Pattern(tokenizer)
@@ -93,11 +93,11 @@ def load_policy(folder: str, device: str) -> tuple[PreTrainedModel, Pattern]:
 
 @torch.no_grad()
 def mean_logps(model, rows: list[list[int]], starts: list[int], vocabulary: int | None = None) -> np.ndarray:
-    """Mean log-probability per token, in nats, of each row's tokens from its start on, under the first `vocabulary` tokens' law."""
+    """Mean log-probability per token, in nats, of each row from its start on, over the first `vocabulary` tokens."""
     means = np.zeros(len(rows))
     for batch in token_budget_batches([len(row) for row in rows], TOKENS):
         part, part_starts = [rows[i] for i in batch], [starts[i] for i in batch]
-        # Padding may be any id: it stands on the right, behind every token that is scored.
+        # Padding may be any id: it is on the right, after every token that is scored.
         logps = response_logps(model, part, part_starts, 0, dtype=best_dtype(model.device), vocabulary=vocabulary)
         sizes = [len(row) - start for row, start in zip(part, part_starts, strict=True)]
         means[batch] = [piece.double().mean().item() for piece in logps.split(sizes)]
@@ -105,11 +105,11 @@ def mean_logps(model, rows: list[list[int]], starts: list[int], vocabulary: int 
 
 
 def outline_worth(model, pattern: Pattern, samples: list[Sample], seed: int) -> tuple[dict[str, np.ndarray], list[str]]:
-    """How much an outline helps its own story: nats per story token, given its outline, less what another condition gives.
+    """How much an outline helps its own story: nats per story token given that outline, minus those under another condition.
 
-    {"other": less an outline of another prompt, "none": less no outline at all}, one value for each well-formed sample, and
-    their prompts. Near 0: the model writes its story whatever the plan says. All conditions score the same story tokens, as
-    many as fit the context behind the longest.
+    Returns {"other": minus an outline of another prompt, "none": minus no outline at all}, one value per well-formed sample,
+    and their prompts. Near 0, the model writes its story whatever the plan says. All conditions score the same story tokens,
+    as many as fit the context after the longest.
     """
     draw = np.random.default_rng(seed)
     formed = [s for s in samples if s.verdict == "ok"]
@@ -139,7 +139,7 @@ def outline_worth(model, pattern: Pattern, samples: list[Sample], seed: int) -> 
 
 
 def write_unplanned(model, pattern: Pattern, prompts: list[str], args: Args) -> list[str]:
-    """`args.num` stories for each prompt, written right behind an empty outline; "" where the grammar refuses one."""
+    """`args.num` stories per prompt, written right after an empty outline; "" where the grammar rejects one."""
     empty = [*pattern.encode("")[1:], pattern.story_id]
     drawn = sample(
         model, [pattern.prefix(prompt) + empty for prompt in prompts], args.num, eos_id=pattern.eos_id,
@@ -150,7 +150,7 @@ def write_unplanned(model, pattern: Pattern, prompts: list[str], args: Args) -> 
 
 
 def story_rewards(reward: Reward, prompts: list[str], stories: list[str], length_target: float) -> list[float]:
-    """Reward of each story by what looks at prompt and story alone; `malformed_score` for an empty one.
+    """Reward of each story from prompt and story alone; `malformed_score` for an empty one.
 
     The prompt stands in for the outline, and nothing that looks at an outline counts.
     """
@@ -173,7 +173,7 @@ def reference_nll(reference, tokenizer, stories: list[str]) -> float | None:
 
 
 def by_prompt(values, prompts: list[str]) -> np.ndarray:
-    """Mean over the samples of each prompt, prompts in order of first appearance: the unit of the bootstrap."""
+    """Mean over the samples of each prompt, with prompts in order of first appearance: the unit of the bootstrap."""
     groups: dict[str, list[float]] = {}
     for value, prompt in zip(values, prompts, strict=True):
         groups.setdefault(prompt, []).append(float(value))
@@ -183,7 +183,7 @@ def by_prompt(values, prompts: list[str]) -> np.ndarray:
 def bootstrap(values: np.ndarray, seed: int) -> dict[str, Any] | None:
     """Mean, 95% percentile interval, and the two-sided p-value of a mean of 0, from resampling the values.
 
-    A single value says nothing of its spread: no interval and no p. n values of one sign are 2^(1 - n) by chance, the least p.
+    A single value says nothing about spread: no interval and no p. The least p is 2^(1 - n): n values of one sign by chance.
     """
     if not len(values):
         return None
@@ -204,8 +204,8 @@ def bootstrap(values: np.ndarray, seed: int) -> dict[str, Any] | None:
 def describe(samples: list[Sample], scores: list[Score], seed: int) -> dict[str, Any]:
     """The figures that need no model.
 
-    Parts and guards are of well-formed samples (of the others nothing is measured), lengths and diversity of all samples
-    that have a story. Lengths are in words.
+    Parts and guards cover well-formed samples (nothing is measured of the others), lengths and diversity all samples that
+    have a story. Lengths are in words.
     """
     formed = [score for score in scores if score.verdict == "ok"]
     told = [s for s in samples if words(s.story)]
@@ -229,7 +229,7 @@ def describe(samples: list[Sample], scores: list[Score], seed: int) -> dict[str,
 
 
 def novelty(samples: list[Sample], training: list[str], copies: Copies) -> dict[str, Any]:
-    """How new the stories are beside those of fine-tuning: longest copied run of words, and tf-idf cosine to the nearest."""
+    """How new the stories are compared with the training ones: longest copied run of words, tf-idf cosine to the nearest."""
     told = [s.story for s in samples if words(s.story)]
     if not told:
         return {"copied_run": None, "nearest_story": None}
@@ -254,7 +254,7 @@ def table(results: list[dict[str, Any]]) -> Table:
 
 
 def measures(results: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    """What is told of the models: a measure's name, and a cell for each."""
+    """Rows of the comparison: a measure's name, and a cell for each model."""
     rows: list[tuple[str, list[str]]] = []
 
     def number(value: float | None, digits: int = 3) -> str:
@@ -311,7 +311,7 @@ def main(args: Args) -> None:
     check(args)
     device = pick_device(args.device)
     for folder in args.models:
-        load_policy(folder, "cpu")  # a folder that cannot be used is named before minutes go into the others
+        load_policy(folder, "cpu")  # reports an unusable folder before minutes go into the others
     reference = load_model(args.reference, device, dtype=best_dtype(device)) if args.reference else None
     pool = load_prompts(args.data, args.split)
     if not pool:

@@ -28,13 +28,13 @@ STAGES = ("artifacts/rl/final", "artifacts/zeroshot", "artifacts/oneshot")
 @dataclass
 class Args:
     prompt: Annotated[str | None, tyro.conf.Positional] = None
-    """What to write about. Without it, and without --prompts, prompts are read from standard input, one a line."""
+    """What to write about. If neither this nor --prompts is given, prompts are read from standard input, one per line."""
     prompts: Path | None = None
-    """File of prompts: one a line, or .jsonl rows with a field "prompt"."""
+    """File of prompts: one per line, or .jsonl rows with a field "prompt"."""
     model: str | None = None
     """Model folder. Default: the last stage that has been run (RL, else zero-shot, else one-shot)."""
     num: int = 1
-    """Stories for each prompt."""
+    """Stories per prompt."""
     seed: int = 0
     """Same seed, same stories, on the same machine."""
     temperature: float = 1.0
@@ -42,17 +42,17 @@ class Args:
     top_p: float = 1.0
     """Draw from the smallest set of tokens with this much probability; 1 draws from all."""
     best_of: int = 1
-    """Stories written for each that is kept: the one of the highest reward, as measured with --data."""
+    """Candidates written for each story; the one with the highest reward, as measured with --data, is kept."""
     outline: str | None = None
-    """Write to this plan, for every prompt, not to one of the model's own."""
+    """Write every story to this plan instead of the model's own."""
     more: Annotated[int, tyro.conf.arg(name="continue")] = 0
-    """Times that a story which fills the model's context is carried on, with its newest part in view and its plan."""
+    """Times to continue a story that fills the model's context, with its plan and its newest part in view."""
     data: Path = Path("artifacts/data")
     """Folder made by data_prep.py, for --best-of."""
     json: bool = False
     """Print one JSON array of rows instead of text."""
     jsonl: bool = False
-    """Print one JSON row a line: prompt, think, story, finished, verdict."""
+    """Print one JSON row per line: prompt, think, story, finished, verdict."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -102,7 +102,7 @@ def check(args: Args, prompts: list[str]) -> None:
 
 
 class Live:
-    """Prints a story as its tokens come: the outline dimmed, the story plain."""
+    """Prints a story as its tokens arrive: the outline dimmed, the story plain."""
 
     def __init__(self, pattern: Pattern, prompt: str, outline: str | None):
         self.pattern, self.ids, self.shown = pattern, [], 0
@@ -127,13 +127,13 @@ class Live:
         else:
             self.ids.append(token)
             text = self.pattern.decode(self.ids).replace("\n", "\n    ")
-            if not text.endswith("\ufffd"):  # a character of which tokens are still to come
+            if not text.endswith("\ufffd"):  # a character whose last tokens are still to come
                 self.say(text[self.shown :])
                 self.shown = len(text)
 
 
 def write_stories(args: Args, prompts: list[str], live: bool) -> list[dict]:
-    """`args.num` rows {prompt, think, story, finished, verdict} for each prompt, and `reward` under --best-of."""
+    """`args.num` rows {prompt, think, story, finished, verdict} per prompt, plus `reward` with --best-of."""
     check(args, prompts)
     source = args.model or next((stage for stage in STAGES if Path(stage).is_dir()), None)
     if source is None:
@@ -157,7 +157,7 @@ def write_stories(args: Args, prompts: list[str], live: bool) -> list[dict]:
     written = write([pattern.prefix(prompt) + begun for prompt in prompts], each, (args.seed,))
     responses = [begun + ids for ids in written]
     for window in range(1, args.more + 1):
-        # The plan, and of the story what fills half of the rest: the newest, from the beginning of a paragraph where one is there.
+        # The plan, then the newest part of the story, filling half of the rest, from a paragraph's start if there is one.
         open_rows = [i for i, ids in enumerate(responses) if ids[-1] != pattern.eos_id and pattern.story_id in ids]
         prefixes = []
         for i in open_rows:

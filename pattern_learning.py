@@ -4,9 +4,9 @@
     python pattern_learning.py --mode zeroshot
     torchrun --nproc-per-node 2 pattern_learning.py --mode zeroshot    # the same steps, shared by two processes or GPUs
 
-The loss is taken on what the model has to write itself: outline, `<story>`, story and `<eos>` of the real row, never on the
-example or the prompt. The weights with the lowest loss on validation rows, measured as in training, are kept. A run that was
-stopped goes on when the same command is given again.
+The loss covers only what the model has to write itself: outline, `<story>`, story and `<eos>` of the real row, never the
+example or the prompt. The weights with the lowest loss on validation rows, measured as in training, are kept. To resume a
+stopped run, give the same command again.
 """
 
 import json
@@ -43,15 +43,15 @@ ROOT = Path(__file__).resolve().parent
 @dataclass
 class Args:
     mode: Literal["oneshot", "zeroshot"]
-    """oneshot: a static example, drawn at random, stands before every row. zeroshot: the row alone."""
+    """oneshot: a static example, drawn at random, precedes every row. zeroshot: the row alone."""
     data: Path = Path("artifacts/data")
     """Folder made by data_prep.py; its manifest names the preset."""
     out: Path | None = None
-    """Model folder to make. Default artifacts/oneshot or artifacts/zeroshot."""
+    """Model folder to write. Default: artifacts/oneshot or artifacts/zeroshot."""
     model: str | None = None
-    """Where to start: a model folder or hub name. Default for oneshot the preset's base model, for zeroshot artifacts/oneshot."""
+    """Starting model: a folder or hub name. Default: the preset's base model (oneshot), artifacts/oneshot (zeroshot)."""
     revision: str | None = None
-    """Commit of a hub model. Default: of the preset's base model the pinned one, of any other the newest."""
+    """Commit of a hub model. Default: the pinned one for the preset's base model, the newest for any other."""
     examples: Path = ROOT / "prompts" / "oneshot.jsonl"
     """The static one-shot examples: rows of prompt, think, story."""
     steps: int | None = None
@@ -59,46 +59,46 @@ class Args:
     lr: float | None = None
     """Peak learning rate of AdamW. Default by preset."""
     warmup: int = 20
-    """Steps of linear warm-up; a cosine to a tenth of the peak follows."""
+    """Steps of linear warm-up, followed by cosine decay to a tenth of the peak."""
     batch_tokens: int | None = None
-    """Tokens a step, padding included. Default by preset."""
+    """Tokens per step, padding included. Default by preset."""
     micro_tokens: int | None = None
-    """Tokens of one forward and backward pass, padding included, at most. Fewer where memory lacks; the result is the same but
-    for rounding. Default by preset."""
+    """Maximum tokens per forward and backward pass, padding included. Reduced if memory is short, which changes the result
+    only by rounding. Default by preset."""
     dropout: float = 0.0
-    """Dropout while training, 0 to 1. Sampling and RL run without."""
+    """Dropout during training, 0 to below 1. Sampling and RL run without it."""
     drill_share: float = 1.0
-    """Drill rows for each real one, on average: outline and story of random lengths, where only the loss on `<story>`
-    and `<eos>` counts. Without them a small model learns which tag is due from the distance alone: it ends a short story with
-    a second `<story>`, and a long outline with `<eos>`."""
+    """Average number of drill rows per real row: outline and story of random lengths, with a loss only on `<story>` and
+    `<eos>`. Without them a small model learns which tag is due from distance alone: it ends a short story with a second
+    `<story>`, and a long outline with `<eos>`."""
     tag_weight: float = 20.0
-    """Loss weight of `<story>` and `<eos>`, two tokens in some 300 on which the grammar depends; all others weigh 1."""
+    """Loss weight of `<story>` and `<eos>`, the two tokens in some 300 that the grammar depends on; all others weigh 1."""
     adam_eps: float = 1e-5
-    """AdamW's epsilon. At the usual 1e-8 the rows of rare tokens, whose gradients are tiny, move as far as all others."""
+    """AdamW's epsilon. At the usual 1e-8, embeddings of rare tokens, whose gradients are tiny, move as far as all others."""
     weight_decay: float = 0.01
     """AdamW's weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     eval_every: int | None = None
-    """Steps between validations (losses, and a sample of every held-out prompt asked for). Default by preset."""
+    """Steps between validations (losses, and one sample per held-out prompt). Default by preset."""
     eval_rows: int = 128
-    """Validation rows whose loss is measured, spread over all of them."""
+    """Validation rows to measure the loss on, spread over all of them."""
     eval_prompts: int = 64
-    """Prompts of those rows to sample for the share of well-formed completions."""
+    """How many of those rows' prompts to sample, for the share of well-formed completions."""
     rows: int = 64
-    """Samples drawn at once, at most. Fewer where memory lacks."""
+    """Maximum samples drawn at once. Reduced if memory is short."""
     save_every: int = 100
     """Steps between checkpoints to resume from."""
     seed: int = 0
-    """Seed of the data order, of the examples drawn and of the validation samples."""
+    """Seed of the data order, the examples drawn and the validation samples."""
     track: tuple[TrackerName, ...] = ("auto",)
-    """Where the metrics go beside metrics.jsonl. auto: TensorBoard (OUT/tensorboard) where it is installed."""
+    """Where to send metrics besides metrics.jsonl. auto: TensorBoard (OUT/tensorboard) if it is installed."""
     push_to_hub: str | None = None
-    """Upload the finished model to the hub under this name (user/name), by the login of the `hf` command."""
+    """Upload the finished model to the hub under this name (user/name), using the login of the `hf` command."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
-    """Arithmetic of the forward pass; weights stay fp32. auto: bf16 where the device multiplies it natively."""
+    """Precision of the forward pass; weights stay fp32. auto: bf16 if the device multiplies it natively."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Recipe:
 RECIPES = {
     ("demo", "oneshot"): Recipe(steps=50, lr=5e-4, batch_tokens=4096, micro_tokens=1536, eval_every=50),
     ("demo", "zeroshot"): Recipe(steps=160, lr=5e-4, batch_tokens=4096, micro_tokens=1536, eval_every=80),
-    # The rate and, about, the three epochs of the 1.97K rows (and their drills) that transformers' Trainer takes by default.
+    # The default rate of transformers' Trainer and, roughly, its three epochs, over the 1.97K rows (and their drills).
     ("gpt2", "oneshot"): Recipe(steps=400, lr=5e-5, batch_tokens=16384, micro_tokens=8192, eval_every=50),
     ("gpt2", "zeroshot"): Recipe(steps=300, lr=5e-5, batch_tokens=16384, micro_tokens=8192, eval_every=50),
 }
@@ -152,14 +152,14 @@ def load_examples(path: Path, pattern: Pattern) -> list[list[int]]:
 
 
 def drill(text: dict[str, str], pattern: Pattern, generator: np.random.Generator) -> Row:
-    """A row whose outline is the story's first sentences, and whose story stops after any of its own."""
+    """A row whose outline and story are each a random number of the story's first sentences."""
     sentences = SENTENCE.findall(text["story"])
     think, story = ("".join(sentences[:n]) for n in generator.integers(1, len(sentences) + 1, 2))
     return Row(*pattern.row(text["prompt"], think, story), tags_only=True)
 
 
 def behind_examples(rows: list[Row], examples: list[list[int]], generator: np.random.Generator, context: int) -> list[Row]:
-    """In one-shot mode every row behind an example drawn at random, where the context holds both."""
+    """In one-shot mode, put an example drawn at random before every row, if the context holds both."""
     if not examples:
         return rows
     drawn = [(row, examples[generator.integers(len(examples))]) for row in rows]
@@ -183,7 +183,7 @@ def batches(rows: list[Row], texts: list[dict], examples: list[list[int]], patte
 
 
 def loss_weights(row: Row, pattern: Pattern, tag_weight: float) -> list[float]:
-    """What each response token counts in the loss: tags `tag_weight`, the rest 1, or 0 in a drill."""
+    """Loss weight of each response token: `tag_weight` for tags, 1 for the rest, or 0 in a drill."""
     tags = {pattern.story_id, pattern.eos_id}
     return [tag_weight if t in tags else float(not row.tags_only) for t in row.ids[row.start :]]
 
@@ -191,7 +191,7 @@ def loss_weights(row: Row, pattern: Pattern, tag_weight: float) -> list[float]:
 def loss_sum(
     model, batch: list[Row], pattern: Pattern, dtype: torch.dtype, tag_weight: float = 1.0
 ) -> tuple[torch.Tensor, float]:
-    """Negative log-likelihood of the batch's responses, nats, summed with tags at `tag_weight`; and the sum of weights."""
+    """Summed negative log-likelihood of the responses, nats, with tags weighted by `tag_weight`; and the sum of weights."""
     logps = response_logps(model, [r.ids for r in batch], [r.start for r in batch], pattern.pad_id, dtype=dtype)
     weights = torch.tensor([w for row in batch for w in loss_weights(row, pattern, tag_weight)], device=logps.device)
     return -(weights * logps).sum(), weights.sum().item()
@@ -200,11 +200,11 @@ def loss_sum(
 def over_micro_batches(
     rows: list[Row], args: Args, work: Callable[[list[Row]], tuple[float, float]], begin: Callable[[], None] = lambda: None
 ) -> list[float]:
-    """Both sums, over all processes, of what `work` returns for each micro-batch of `rows`, which the processes share.
+    """Sum both values that `work` returns per micro-batch of `rows`, over all processes, which share the rows.
 
-    `begin` is called first. Where memory runs out the micro-batches are halved, for good, and all begins again.
+    `begin` is called first. If memory runs out, the micro-batches are halved permanently and everything starts over.
     """
-    mine = deal(sorted(rows, key=lambda row: -len(row.ids)))  # of rows of like length each process gets some
+    mine = deal(sorted(rows, key=lambda row: -len(row.ids)))  # rows of similar length go to different processes
     lengths = [len(row.ids) for row in mine]
 
     @cast_once()
@@ -218,7 +218,7 @@ def over_micro_batches(
 
 @torch.no_grad()
 def mean_loss(model, rows: list[Row], pattern: Pattern, args: Args, dtype: torch.dtype, tag_weight: float = 1.0) -> float:
-    """Nats per response token over all rows, tags counting `tag_weight` times."""
+    """Mean nats per response token over all rows, tags weighted by `tag_weight`."""
 
     def losses(micro: list[Row]) -> tuple[float, float]:
         loss, weight = loss_sum(model, micro, pattern, dtype, tag_weight)
@@ -256,7 +256,7 @@ def main(args: Args) -> None:
     config = {name: value for name, value in as_json(args).items() if name not in ("track", "push_to_hub")}
     config["data_hashes"] = manifest["hashes"]
 
-    free = free_memory(device)  # before the model takes its part of it
+    free = free_memory(device)  # before the model takes its share
     model, tokenizer = load_model(args.model, device, args.revision, dtype)
     add_pattern_tokens(model, tokenizer)
     for module in model.modules():
@@ -283,7 +283,7 @@ def main(args: Args) -> None:
         if not rows[split]:
             raise InputError(f"{args.data} has no {split} row that fits a context of {context} tokens")
     check_head(model, rows["train"][0].ids, pattern.pad_id)
-    # Validation rows meet the same example, and drills are cut at the same place, at every validation: so losses compare.
+    # Rows get the same example and drills are cut at the same place at every validation, so that losses are comparable.
     generator = np.random.default_rng(args.seed)
     drills = [drill(text, pattern, generator) for text in spread(texts["validation"], args.eval_rows)]
     drills = behind_examples([row for row in drills if len(row.ids) <= context], examples, generator, context)
@@ -308,7 +308,7 @@ def main(args: Args) -> None:
             on_cpu=device == "cpu", attention=model.config._attn_implementation, available=free,
         )  # fmt: skip
         print(needs)
-        # A resumed run goes on with them, whatever is free then: rounding depends on them.
+        # A resumed run keeps these sizes, whatever is free then: rounding depends on them.
         sizes = {"rows": min(gather([needs.rows])), "micro_tokens": min(gather([needs.micro_tokens]))}
         state = {"step": 0, "best_loss": math.inf, "log_size": 0, **sizes}
     args.rows, args.micro_tokens = state["rows"], state["micro_tokens"]
@@ -323,7 +323,7 @@ def main(args: Args) -> None:
         nonlocal best_loss
         model.eval()
         loss = mean_loss(model, rows["validation"], pattern, args, dtype)
-        # What the stage is for: text alone is best after few steps, when the tags are not yet learnt.
+        # What the stage is for: the loss on text alone is best after a few steps, before the tags are learnt.
         objective = mean_loss(model, rows["validation"] + drills, pattern, args, dtype, args.tag_weight)
         if not math.isfinite(objective):
             raise InputError(f"validation loss is not finite at step {step}: lower --lr")
@@ -357,7 +357,7 @@ def main(args: Args) -> None:
             model.train()
             torch.manual_seed(
                 (args.seed * 1_000_003 + step) % 2**63
-            )  # dropout: a stream of its own for every step, as after a resume
+            )  # seeds dropout per step, so that a resumed run draws the same
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
             batch = next(stream)
@@ -374,7 +374,7 @@ def main(args: Args) -> None:
             if not math.isfinite(norm):
                 raise InputError(f"gradient is not finite at step {step + 1}: lower --lr")
             optimizer.step()
-            optimizer.zero_grad()  # sampling needs the room
+            optimizer.zero_grad()  # frees memory for sampling
             done = step + 1
             row = {"step": done, "loss": loss / weight, "grad_norm": norm, "lr": learning_rate(step, args),
                    "tokens_per_second": sum(len(r.ids) for r in batch) / (time.perf_counter() - clock)}  # fmt: skip

@@ -1,10 +1,10 @@
 """Every knob of the reward.
 
     reward = malformed_score                                    if the grammar verdict fails
-           = product of guards * sum_k w_k part_k - overlong    otherwise, with the weights scaled to sum 1
+           = product of guards * sum_k w_k part_k - overlong    otherwise, with the weights scaled to sum to 1
 
-Parts and guards are in [0, 1]. A part of weight 0 is still computed and logged. What "human" means is in the data folder's
-`calibration.json`; the percentiles below choose from it. On the command line: `--reward.length.weight 0.2`.
+Parts and guards are in [0, 1]. A part of weight 0 is still computed and logged. "Human" values come from the data folder's
+`calibration.json`; the percentiles below select from it. On the command line: `--reward.length.weight 0.2`.
 """
 
 from collections.abc import Callable
@@ -24,18 +24,18 @@ class Correlation:
     weight: float = 0.5
     """Weight of the part, 0 to 1 before scaling."""
     think_story: float = 0.5
-    """Share of the outline's recall by the story: does the story carry out its plan. A word of the story answers as far as it
+    """Share of the outline's recall by the story: does the story carry out its plan? A story word counts only as far as it
     belongs where it stands (storygen/replaced.py)."""
     prompt_think: float = 0.25
-    """Share of the prompt's recall by the outline: is the plan about the prompt."""
+    """Share of the prompt's recall by the outline: is the plan about the prompt?"""
     prompt_story: float = 0.25
     """Share of the prompt's recall by the story."""
     tf: Literal["raw", "sublinear", "binary"] = "sublinear"
-    """What a word said tf times weighs: tf, 1 + ln tf, or 1 times its idf. raw is the bert-score library's formula."""
+    """Weight of a word that occurs tf times: its idf times tf, 1 + ln tf, or 1. raw is the bert-score library's formula."""
     idf_cap: bool = True
     """Cap idf at its 99th percentile, so that one rare word cannot outweigh a sentence."""
     full_at: float = 1.0
-    """Share of the mean human gain over chance at which a pair is fully answered; above 0, to 2. Lower: words thrown in gain
+    """Share of the mean human gain over chance at which a pair is fully answered; above 0, to 2. Lower: thrown-in words gain
     less, because more rows are full; higher: small faults in a good row still cost."""
 
     def __post_init__(self):
@@ -93,12 +93,12 @@ class Prose:
 
 @dataclass(frozen=True)
 class Overlong:
-    """A soft penalty near the context limit, before the hard one of not finishing."""
+    """A soft penalty near the context limit, before the hard one for not finishing."""
 
     penalty: float = 0.3
-    """Taken off the reward of a row that ends exactly at the context limit; 0 to 1, 0 switches it off."""
+    """Subtracted from the reward of a row that ends exactly at the context limit; 0 to 1, 0 switches it off."""
     window: int = 64
-    """The penalty grows from 0 over the last so many tokens before the limit; 1 or more."""
+    """Number of tokens before the limit over which the penalty grows from 0; 1 or more."""
 
     def __post_init__(self):
         check("overlong.penalty", self.penalty, 0, 1)
@@ -107,12 +107,12 @@ class Overlong:
 
 @dataclass(frozen=True)
 class Guard:
-    """A factor of the reward: 1 in the human range, falling in a line to 0 beyond it."""
+    """A factor of the reward: 1 in the human range, falling linearly to 0 beyond it."""
 
     on: bool = True
-    """Off: the guard is computed and logged, and the reward ignores it."""
+    """If off, the guard is computed and logged, but the reward ignores it."""
     level: float = 99.0
-    """Human percentile where the range ends, 50 to 100. A range with two ends, or a lower one, ends at 100 - level."""
+    """Human percentile where the range ends, 50 to 100. A lower end is at 100 - level."""
     slack: float = 0.15
     """Distance beyond the range at which the guard reaches 0, in the unit of what it guards; above 0."""
 
@@ -123,14 +123,14 @@ class Guard:
 
 @dataclass(frozen=True)
 class Floor:
-    """A factor of the reward: 1 where something is `at` or more, falling in a line to `keep` where it is 0."""
+    """A factor of the reward: 1 if a value is `at` or more, falling linearly to `keep` at 0."""
 
     on: bool = True
-    """Off: the guard is computed and logged, and the reward ignores it."""
+    """If off, the guard is computed and logged, but the reward ignores it."""
     at: float = 0.3
     """Value from which the factor is 1; above 0, to 1."""
     keep: float = 0.3
-    """Factor at value 0, 0 to 1. Above 0, so that a model that starts at chance still feels the other parts."""
+    """Factor at value 0, 0 to 1. Above 0, so that a model that starts at chance still gets a signal from the other parts."""
 
     def __post_init__(self):
         check("at", self.at, 1e-6, 1)
@@ -142,11 +142,11 @@ class Power:
     """A factor of the reward: (value / human percentile) ^ power, at most 1. Every fault costs, however good the rest."""
 
     on: bool = True
-    """Off: the guard is computed and logged, and the reward ignores it."""
+    """If off, the guard is computed and logged, but the reward ignores it."""
     level: float = 95.0
     """Human percentile at which the factor reaches 1, 0 to 100."""
     power: float = 1.0
-    """Above 0, to 10; the higher the stricter."""
+    """Above 0, to 10; higher is stricter."""
 
     def __post_init__(self):
         check("level", self.level, 0, 100)
@@ -155,74 +155,74 @@ class Power:
 
 @dataclass(frozen=True)
 class Guards:
-    """What cannot be had by writing well but can be had by gaming a part. See `reward.py audit`."""
+    """Against what cannot be achieved by writing well, only by gaming a part. See `reward.py audit`."""
 
     copied: Guard = Guard(slack=0.15)
-    """Share of the story's word 4-grams that stand in prompt or outline. Against pasting either."""
+    """Share of the story's word 4-grams that occur in prompt or outline. Against pasting either."""
     copied_short: Guard = Guard(level=95.0, slack=0.04)
-    """Share of the story's word 3-grams that stand in the outline. Against pieces of it, too short for `copied`, all over."""
+    """Share of the story's word 3-grams that occur in the outline. Against scattered pieces of it too short for `copied`."""
     think_copied: Guard = Guard(slack=0.3)
-    """Share of the outline's word 4-grams that stand in the prompt. Against pasting the prompt as the plan."""
+    """Share of the outline's word 4-grams that occur in the prompt. Against pasting the prompt as the plan."""
     types: Guard = Guard(slack=0.2)
-    """Moving-average type-token ratio over 50 words, at least. Against loops whose word pairs differ."""
+    """Lower limit on the moving-average type-token ratio over 50 words. Against loops whose word pairs differ."""
     stop_words: Guard = Guard(slack=0.15)
-    """Share of function words, at least and at most. Against keyword lists and filler."""
+    """Share of function words, with a lower and an upper limit. Against keyword lists and filler."""
     think_stop_words: Guard = Guard(slack=0.25)
-    """The same of the outline."""
+    """The same for the outline."""
     prompt_words: Guard = Guard(slack=0.15)
     """Share of the story's words that are content words of the prompt. Against answering the prompt with its own words."""
     think_words: Guard = Guard(slack=0.15)
     """Share of the story's words that are content words of the outline. Against listing the outline's words."""
     listing: Guard = Guard(slack=0.2)
-    """Content words of prompt and outline in the densest run of 25 words of the story, as a share. Against a list of the
-    outline's words before a story about something else."""
+    """Share of content words of prompt and outline in the story's densest run of 25 words. Against a list of the outline's
+    words before a story about something else."""
     dialogue: Guard = Guard(slack=0.3)
-    """Share of words in quotation marks and script lines. Against a story that is nothing but speech, which costs no more
-    than the prose part."""
+    """Share of words in quotation marks and script lines. Against a story that is nothing but speech, which would
+    otherwise cost no more than the prose part."""
     order: Guard = Guard(slack=0.8)
-    """Word order: nats per adjacent pair of function words, word endings and punctuation over chance. BERTScore hardly
+    """Word order: nats per adjacent pair of function words, word endings and punctuation above chance. BERTScore hardly
     sees order; shuffled words are about 1.5 nats below human text."""
     think_order: Guard = Guard(slack=0.8)
-    """The same of the outline."""
+    """The same for the outline."""
     belongs: Power = Power(level=95.0, power=0.5)
-    """How far the story's words belong where they stand (storygen/replaced.py). Against words thrown in and mixed up."""
+    """How far the story's words belong where they stand (storygen/replaced.py). Against thrown-in and mixed-up words."""
     think_belongs: Power = Power(level=75.0, power=0.4)
-    """The same of the outline."""
+    """The same for the outline."""
     answers_belong: Power = Power(level=10.0, power=4.0)
-    """The same of the story's words that answer the outline, against the rest of the story. Against naming what the plan
-    names without telling it."""
+    """The same for the story's words that answer the outline, relative to the rest of the story. Against naming what the
+    plan names without telling it."""
     loops: Guard = Guard(slack=0.2)
-    """Share of repeated word 4-grams over the human 95th percentile at that length; `level` is not used. Against a story
-    told twice, which costs no more than the repetition part."""
+    """Share of repeated word 4-grams above the human 95th percentile at that length; `level` is not used. Against a story
+    told twice, which would otherwise cost no more than the repetition part."""
     think_length: Guard = Guard(slack=0.6)
-    """Words of the outline, at least and at most; the slack is a share of the range's end. Against plans with nothing to
-    carry out, and plans that are the story."""
+    """Words of the outline, with a lower and an upper limit; the slack is a share of the limit. Against plans with nothing
+    to carry out, and plans that are the story."""
     ending: Floor = Floor(at=1.0, keep=0.7)
-    """1 where the story stops at the end of a sentence, else `keep`. Against stopping in the middle to save the rest."""
+    """1 if the story stops at the end of a sentence, else `keep`. Against stopping mid-sentence to save the rest."""
     on_plan: Floor = Floor()
     """think_story. Against a good story that has nothing to do with its plan: length, repetition and prose alone would pay
     half of the reward."""
     throughout: Floor = Floor(at=0.25, keep=0.4)
-    """think_story of the story's two weaker thirds, on average. Against padding a story with another one, and against
-    drifting off."""
+    """Average think_story of the story's two weaker thirds. Against padding a story with another one, and against drifting
+    off."""
     on_prompt: Floor = Floor(at=0.45)
     """Mean of prompt_think and prompt_story. Against a good plan and story for another prompt."""
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """The reward's knobs. Weights are scaled to sum 1; `weights()` gives the effective ones."""
+    """The reward's knobs. Weights are scaled to sum to 1; `weights()` gives the effective ones."""
 
     correlation: Correlation = Correlation()
     length: Length = Length()
     repetition: Repetition = Repetition(weight=0.2, slack=0.15)
     repetition4: Repetition = Repetition(weight=0.0, slack=0.1)
-    """Word 4-grams; a monitor."""
+    """Word 4-grams; for monitoring."""
     prose: Prose = Prose()
     overlong: Overlong = Overlong()
     guards: Guards = Guards()
     malformed_score: float = -1.0
-    """Reward of a sample that the grammar refuses (no <eos>, a missing or second tag, an empty section); -10 to 0."""
+    """Reward of a sample that the grammar rejects (no <eos>, a missing or second tag, an empty section); -10 to 0."""
 
     def __post_init__(self):
         check("malformed_score", self.malformed_score, -10, 0)
@@ -239,7 +239,7 @@ class RewardConfig:
         return {name: weight / sum(given.values()) for name, weight in given.items()}
 
     def without_outline(self) -> "RewardConfig":
-        """What looks at prompt and story alone: the outline's terms weigh nothing and the guards that need one are off."""
+        """A config for prompt and story alone: the outline's terms have weight 0 and the guards that need one are off."""
         off = {name: replace(getattr(self.guards, name), on=False) for name in NEED_OUTLINE}
         return replace(
             self,
@@ -248,7 +248,7 @@ class RewardConfig:
         )
 
     def effective(self) -> str:
-        """The weights as they count, in a line."""
+        """The effective weights, in one line."""
         return "weights, scaled to 1: " + ", ".join(f"{name} {weight:.2f}" for name, weight in self.weights().items())
 
 

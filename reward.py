@@ -3,9 +3,9 @@
     python reward.py score ROWS.jsonl --data DIR      rows {prompt, think, story, finished} -> the same with reward and parts
     python reward.py explain ROWS.jsonl --row 3       one row: each part, and which story word answered each outline word
     python reward.py rescore SAMPLES.jsonl --reward.… what a changed config would have preferred, without sampling again
-    python reward.py audit                            does any cheap trick score more than the honest row
+    python reward.py audit                            does any cheap trick score higher than the honest row
 
-`rew_config.py` says what every knob does. `Reward.measure` needs the encoder; `Reward.combine` is arithmetic.
+`rew_config.py` documents every knob. `Reward.measure` needs the encoder; `Reward.combine` is arithmetic.
 """
 
 import json
@@ -41,7 +41,7 @@ from storygen.idf import Idf
 from storygen.pattern import text_verdict
 from storygen.workbench import answered, answers, flipped, measures, misplaced, rank_correlation, read_rows
 
-# Samples whose token vectors are held in memory at once: an RL batch, and 0.5 GB of vectors in a large file of long stories.
+# Samples whose token vectors are held in memory at once: an RL batch, or 0.5 GB of vectors for a large file of long stories.
 CHUNK = 256
 DEFAULT = RewardConfig()
 
@@ -49,7 +49,7 @@ DEFAULT = RewardConfig()
 @dataclass(frozen=True)
 class Sample:
     """A response to score. room: tokens left between its end and the context limit; None: unknown, no overlong penalty.
-    verdict: the grammar's, where tokens were parsed; None: it is taken from the text."""
+    verdict: the grammar's, if tokens were parsed; None: derived from the text."""
 
     prompt: str
     think: str
@@ -61,8 +61,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Score:
-    """reward: what is optimised. verdict: "ok" or why the grammar refused. parts, guards: each in [0, 1], before weighting.
-    raw: what was measured, enough for `Reward.combine` to score again under another config."""
+    """reward: what is optimised. verdict: "ok" or why the grammar rejected it. parts, guards: in [0, 1], before weighting.
+    raw: the measurements, enough for `Reward.combine` to rescore it under another config."""
 
     reward: float
     verdict: str
@@ -73,7 +73,7 @@ class Score:
 
 @dataclass
 class Reward:
-    """Made by `Reward.load`. `encoder` may be None where only `combine` is called."""
+    """Made by `Reward.load`. `encoder` may be None if only `combine` is called."""
 
     config: RewardConfig
     calibration: Calibration
@@ -92,9 +92,9 @@ class Reward:
     def load(
         data_dir: Path | str, config: RewardConfig = DEFAULT, device: str = "cpu", dtype: torch.dtype = torch.float32
     ) -> "Reward":
-        """Encoder, idf table and calibration of a data folder. InputError where a file is missing or is another's.
+        """Load encoder, IDF table and calibration of a data folder. InputError if a file is missing or for another encoder.
 
-        dtype: of the encoder's weights; bfloat16 moves a recall by 0.0004 at most and is faster where it is native.
+        dtype: of the encoder's weights; bfloat16 changes a recall by at most 0.0004 and is faster where it is native.
         """
         data = Path(data_dir)
         try:
@@ -111,7 +111,7 @@ class Reward:
         return Reward(config, calibration, Idf.load(data / "idf.npz", encoder.tokenizer), encoder)
 
     def __call__(self, samples: Sequence[Sample], length_target: float) -> list[Score]:
-        """Score samples, all texts encoded in one go. length_target: words at which the length part is 1."""
+        """Score samples, their texts encoded in large batches. length_target: words at which the length part is 1."""
         verdicts = [verdict_of(sample) for sample in samples]
         raws = iter(self.measure([sample for sample, verdict in zip(samples, verdicts, strict=True) if verdict == "ok"]))
         return [self.combine(next(raws) if verdict == "ok" else {}, verdict, length_target) for verdict in verdicts]
@@ -130,17 +130,17 @@ class Reward:
             for pair in PAIRS:
                 reference, candidate = pair.split("_")
                 answer = text[candidate]
-                if pair == "think_story":  # a plan is not carried out by words that were thrown in
+                if pair == "think_story":  # words that were thrown in do not carry out a plan
                     answer = self.calibration.probe.discounted(answer, self.encoder)
                 raw |= self.recalls(pair, text[reference], answer, self.panels[reference])
             raws.append(raw)
         return raws
 
     def recalls(self, pair: str, reference: Embedded, candidate: Embedded, panel: Panel) -> dict[str, float]:
-        """Recall of a sample's text by another one, and of other rows' texts of that kind, under every tf.
+        """Recall by a candidate of the sample's reference text, and of other rows' texts of that kind, under every tf.
 
-        Every tf, because matching is the work: a logged sample can then be rescored under another tf without the encoder.
-        For the outline also by the story's two weaker thirds, on average.
+        Every tf, as matching is the costly part: a logged sample can then be rescored under another tf without the encoder.
+        For the outline, also the average recall by the story's two weaker thirds.
         """
         runs = 3 if pair == "think_story" else 1
         own = best_match(reference, candidate, runs).reshape(runs, -1)
@@ -202,7 +202,7 @@ class Reward:
         return Score(float(reward), verdict, parts, guards, raw)
 
     def gain(self, raw: dict[str, float], key: str, scale: str, n: float) -> float:
-        """How far a recall is above what the same text answers by chance, in human gains (of `scale`, at n words); [0, 1]."""
+        """How far a recall is above the same text's chance level, in human gains (of `scale`, at n words); in [0, 1]."""
         human = self.calibration.human[scale](n) - self.calibration.chance[scale](n)
         return clip((raw[key] - raw[chance_key(key)]) / (self.config.correlation.full_at * human))
 
@@ -292,7 +292,7 @@ class Workbench:
 
 @dataclass
 class ScoreRows(Workbench):
-    """Score the rows of a jsonl file: {prompt, think, story, finished}; their other keys are kept."""
+    """Score the rows of a jsonl file: {prompt, think, story, finished}; other keys are kept."""
 
     rows: tyro.conf.Positional[Path] = tyro.MISSING
     """JSON lines."""
@@ -311,12 +311,12 @@ class Explain(Workbench):
     row: int = 1
     """Which row, counted from 1."""
     html: Path | None = None
-    """Also write it as a page for the browser: point at an outline word to see its answer in the story."""
+    """Also write it as an HTML page: hover over an outline word to see its answer in the story."""
 
 
 @dataclass
 class Rescore(Workbench):
-    """Logged samples under a changed config: rank correlation with the logged reward, and the pairs that flip."""
+    """Rescore logged samples under a changed config: rank correlation with the logged reward, and the pairs that flip."""
 
     samples: tyro.conf.Positional[Path] = tyro.MISSING
     """samples.jsonl of a run: rows {prompt, think, story, finished, reward, raw}."""
@@ -326,21 +326,21 @@ class Rescore(Workbench):
 
 @dataclass
 class Audit(Workbench):
-    """Held-out human rows against every family of the hack zoo (storygen/hacks.py)."""
+    """Compare held-out human rows with every family of the hack zoo (storygen/hacks.py)."""
 
     samples: Path | None = None
-    """samples.jsonl of a run: the best well-formed sample of each of its prompts is held against every family too, as
-    what PPO would have to prefer the hack to."""
+    """samples.jsonl of a run: also compare the best well-formed sample of each prompt with every family, since PPO would
+    have to prefer the hack to it."""
     json: bool = False
     """Print the JSON line only."""
     rows: int = 100
-    """At most so many held-out rows, and so many samples."""
+    """Maximum number of held-out rows, and of samples."""
     seed: int = 0
-    """Draws the hacks and the samples."""
+    """Seed for drawing the hacks and the samples."""
 
 
 def target_of(args: Workbench, reward: Reward, row: dict[str, Any] | None = None) -> float:
-    """The length target asked for, else the one that the row was logged with, else the human median; in words."""
+    """The requested length target, else the one the row was logged with, else the human median; in words."""
     if args.length_target is not None:
         return args.length_target
     return (row or {}).get("length_target") or reward.calibration.quantile("story_words", 50)
@@ -443,7 +443,7 @@ def audit(args: Audit) -> None:
 
 
 def best_of_prompts(rows: list[dict[str, Any]], most: int, seed: int) -> list[dict[str, Any]]:
-    """The well-formed row of highest logged reward of each prompt of each step; at most `most` of them, drawn."""
+    """Per prompt and step, the well-formed row with the highest logged reward; at most `most` of them, drawn at random."""
     best: dict[tuple, dict[str, Any]] = {}
     for row in rows:
         key = (row.get("step"), row["prompt"])
@@ -453,7 +453,7 @@ def best_of_prompts(rows: list[dict[str, Any]], most: int, seed: int) -> list[di
 
 
 def wins_of(reward: Reward, kind: str, rows: list[dict[str, Any]], target: float, args: Audit) -> dict[str, float]:
-    """{family: share of the rows whose hack scores more than the row itself}."""
+    """{family: share of the rows whose hack scores higher than the row itself}."""
     from tqdm import tqdm
 
     scores = np.array([score.reward for score in reward([sample_of(row) for row in rows], target)])
@@ -472,9 +472,9 @@ def wins_of(reward: Reward, kind: str, rows: list[dict[str, Any]], target: float
 
 
 def ceilings(reward: Reward, samples: list[Sample], rivals: np.ndarray, target: float) -> np.ndarray:
-    """Rewards of samples, exact where they may reach their rival's; where perfect recall would still lose, that upper bound.
+    """Rewards of samples: exact if they may reach their rival's; if even perfect recall would lose, that upper bound.
 
-    Most hacks lose by what counting words shows, and encoding is nearly all of the cost.
+    Most hacks lose on word counts alone, and encoding is nearly all of the cost.
     """
     perfect = {name: bound for key in reward.recall_keys() for name, bound in ((key, 1.0), (chance_key(key), 0.0))}
     perfect |= dict.fromkeys(HOME_MEASURES, np.inf)

@@ -1,13 +1,13 @@
 """Stage 3: improve outline and story by critic-free PPO, from prompts alone.
 
     python rl_train.py                      # artifacts/zeroshot -> artifacts/rl
-    python rl_train.py --resume             # go on after an interruption, to the same bytes as without it
+    python rl_train.py --resume             # continue after an interruption, to the same bytes as without it
     python rl_train.py --reward.length.weight 0.3 --out artifacts/rl_longer
     torchrun --nproc-per-node 2 rl_train.py # the same samples and steps, shared by two processes or GPUs
 
-A step samples K stories for each of P prompts, scores them, compares the samples of a prompt with each other, and takes a
-few clipped gradient steps against a frozen copy of the start. Every random draw is keyed by (seed, step), so nothing but
-weights, optimizer, step, length target, beta and running means has to be carried over a restart.
+Each step samples K stories for each of P prompts, scores them, compares the samples of each prompt with one another, and
+takes a few clipped gradient steps with a frozen copy of the starting model as reference. Every random draw is keyed by
+(seed, step), so a restart needs only weights, optimizer, step, length target, beta and running means.
 """
 
 import json
@@ -51,33 +51,33 @@ class Args:
     data: Path = Path("artifacts/data")
     """Folder made by data_prep.py."""
     model: str = "artifacts/zeroshot"
-    """Where to start, and the frozen reference: a model folder made by pattern_learning.py."""
+    """Starting policy and frozen reference: a model folder made by pattern_learning.py."""
     out: Path = Path("artifacts/rl")
     """Run folder: checkpoints/, final/, metrics.jsonl, samples.jsonl, run.json, report.html."""
     steps: int | None = None
-    """Steps in all, those before a resume included. Default by preset."""
+    """Total steps, including those before a resume. Default by preset."""
     seed: int = 0
     """Seed of the prompt order, the samples and the minibatches."""
     resume: bool = False
-    """Go on from the newest whole checkpoint in --out; start from the beginning where there is none."""
+    """Continue from the newest complete checkpoint in --out, or start from the beginning if there is none."""
 
     prompts: int | None = None
-    """P, prompts a step. Default by preset."""
+    """P, prompts per step. Default by preset."""
     k: int | None = None
-    """K, samples of each prompt. Default by preset."""
+    """K, samples per prompt. Default by preset."""
     advantage: Advantage = "loo"
     """loo: against the prompt's other samples; group: GRPO; raw: the reward itself; decoupled: GDPO. See storygen/ppo.py."""
     temperature: float = 1.0
     """Divides the logits in sampling, policy and reference alike."""
     max_new_tokens: int | None = None
-    """Most tokens of outline and story together; a longer sample counts as unfinished. Default: what the context holds."""
+    """Maximum tokens of outline and story together; a longer sample counts as unfinished. Default: what fits the context."""
 
     lr: float | None = None
     """AdamW's learning rate after warm-up. Default by preset."""
     warmup: int = 5
     """Steps of linear warm-up."""
     adam_eps: float = 1e-5
-    """AdamW's epsilon, PPO's usual one. At 1e-8 the rows of rare tokens, whose gradients are tiny, drift at full speed."""
+    """AdamW's epsilon, usual for PPO. At 1e-8, embeddings of rare tokens, whose gradients are tiny, drift at full speed."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""
     max_grad_norm: float = 1.0
@@ -85,43 +85,43 @@ class Args:
     epochs: int = 1
     """Passes over a step's samples."""
     minibatches: int = 2
-    """Optimizer steps a pass; a prompt's samples stay together."""
+    """Optimizer steps per pass; a prompt's samples stay together."""
     rows: int = 256
-    """Samples drawn at once, at most. Fewer where memory lacks; without effect on the result but for rounding."""
+    """Maximum samples drawn at once. Reduced if memory is short, which changes the result only by rounding."""
     micro_tokens: int | None = None
-    """Tokens of one forward and backward pass, padding included, at most. Fewer where memory lacks; the result is the same but
-    for rounding. Default by preset."""
+    """Maximum tokens per forward and backward pass, padding included. Reduced if memory is short, which changes the result
+    only by rounding. Default by preset."""
     clip_low: float = 0.2
     """The ratio is clipped below 1 - clip_low."""
     clip_high: float = 0.28
     """The ratio is clipped above 1 + clip_high."""
     dual_clip: float = 3.0
-    """Bound on the loss where the advantage is negative, in advantages."""
+    """Bound on the loss where the advantage is negative, as a multiple of the advantage."""
     beta: float = 0.1
-    """KL coefficient of the first step; it adapts."""
+    """Initial KL coefficient; it adapts."""
     kl_target: float = 0.1
-    """KL to the reference that beta steers to, nats per token."""
+    """KL to the reference that beta is adapted towards, nats per token."""
     kl_stop: float = 0.03
-    """KL(old || new), nats per token, over which a step's remaining minibatches are left out."""
+    """KL(old || new), nats per token, above which the minibatch and the rest of its step are skipped."""
 
     eval_every: int | None = None
     """Steps between evaluations on held-out prompts. Default by preset."""
     eval_prompts: int = 64
-    """Validation prompts an evaluation samples, spread over all of them, one story each, always with the same seed."""
+    """Validation prompts per evaluation, spread over all of them, one story each, always with the same seed."""
     save_every: int = 10
     """Steps between checkpoints."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Number of checkpoints to keep."""
     show_every: int = 10
     """Steps between sample stories shown in the terminal."""
     track: tuple[TrackerName, ...] = ("auto",)
-    """Where the metrics go beside metrics.jsonl. auto: TensorBoard (OUT/tensorboard) where it is installed."""
+    """Where to send metrics besides metrics.jsonl. auto: TensorBoard (OUT/tensorboard) if it is installed."""
     push_to_hub: str | None = None
-    """Upload the finished model to the hub under this name (user/name), by the login of the `hf` command."""
+    """Upload the finished model to the hub under this name (user/name), using the login of the `hf` command."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
-    """Arithmetic of the forward passes; weights and log-softmax stay fp32. auto: bf16 where the device multiplies it natively."""
+    """Forward-pass precision; weights and log-softmax stay fp32. auto: bf16 if the device multiplies it natively."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """The reward's knobs; see rew_config.py."""
 
@@ -137,9 +137,9 @@ class Recipe:
 
 
 RECIPES = {
-    # On a processor short passes, whose activations stay in its cache, are a sixth faster than passes of 4,096 tokens.
+    # On a CPU, short passes, whose activations stay in cache, are a sixth faster than passes of 4,096 tokens.
     "demo": Recipe(steps=20, prompts=8, k=8, lr=1.5e-4, micro_tokens=1536, eval_every=10),
-    # 1e-5 and 256 samples a step: TRL's PPO when it was made for GPT-2 (huggingface.co/docs/trl/v0.4.1/trainer); K as its GRPO's.
+    # 1e-5, 256 samples per step: TRL's PPO when made for GPT-2 (huggingface.co/docs/trl/v0.4.1/trainer); K as in its GRPO.
     "gpt2": Recipe(steps=500, prompts=32, k=8, lr=1e-5, micro_tokens=8192, eval_every=25),
 }
 
@@ -149,23 +149,23 @@ AT_LEAST = dict.fromkeys(
 ) | dict.fromkeys(("seed", "weight_decay", "clip_low", "clip_high", "beta"), 0)  # fmt: skip
 ABOVE_ZERO = ("temperature", "lr", "adam_eps", "max_grad_norm", "kl_target", "kl_stop")
 
-# Nats a token that sampler and training forward may differ by on average: rounding, in the arithmetic of each.
+# Nats per token that sampler and training forward may differ by on average, from rounding in each dtype.
 GAP_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 class ForeignSamples(RuntimeError):
-    """The sampler drew from another law than the one that is trained."""
+    """The sampler drew from a different distribution than the one being trained."""
 
 
 def learn(
     model, reference, optimizer, batch: Rollout, advantage: torch.Tensor, mine: range, beta: float, step: int, args: Args,
     pattern, dtype,
 ) -> dict[str, float]:  # fmt: skip
-    """The clipped gradient steps on one rollout, from advantages (prompts of `batch`, k). Returns metrics.
+    """Take the clipped gradient steps on one rollout, given advantages (prompts of `batch`, k). Returns metrics.
 
-    mine: which of the step's prompts `batch` holds; where processes share them, each calls this with its own. Weights and
-    metrics are then the same in all. A minibatch whose gradient is not finite is skipped. Raises `ForeignSamples`, before
-    any weight has changed, where the samples are not the policy's.
+    mine: which of the step's prompts `batch` holds; if processes share them, each calls this with its own, and weights and
+    metrics end up the same in all. A minibatch whose gradient is not finite is skipped. Raises `ForeignSamples`, before
+    any weight has changed, if the samples are not the policy's.
     """
     for group in optimizer.param_groups:
         group["lr"] = args.lr * min(1.0, step / args.warmup)
@@ -173,7 +173,7 @@ def learn(
     generator, lengths = np.random.default_rng((args.seed, step, 1)), [len(row) for row in batch.rows]
 
     def micro_batches(members: list[int], micro_tokens: int) -> list[list[int]]:
-        """Of rows that go through the model together."""
+        """Groups of rows that go through the model together."""
         return [[members[m] for m in micro] for micro in token_budget_batches([lengths[i] for i in members], micro_tokens)]
 
     def fitting(work: Callable[[int], Any]) -> Any:
@@ -184,7 +184,7 @@ def learn(
 
     @cast_once()
     def gradient(members: list[int], tokens: float, on_policy: bool, micro_tokens: int) -> dict[str, float]:
-        """Add up a minibatch's gradient. Returns sums over its tokens; of `on_policy` members the old log-probabilities too."""
+        """Accumulate a minibatch's gradient. Returns sums over its tokens; `on_policy`: stores old log-probabilities."""
         optimizer.zero_grad()
         seen = {"approx_kl": 0.0, "clipped": 0.0, "loss": 0.0}
         for micro in micro_batches(members, micro_tokens):
@@ -210,7 +210,7 @@ def learn(
         for part in np.array_split(generator.permutation(args.prompts), args.minibatches)
     ]
     part_tokens = add(*(sum(lengths[i] - batch.starts[i] for i in part) for part in parts))
-    # The first minibatch meets the policy that sampled it: its own forward pass gives its old log-probabilities.
+    # The first minibatch is scored by the policy that sampled it, so its own forward pass gives its old log-probabilities.
     later = [i for part in parts[1 : args.minibatches] for i in part]
     old = logps_under(model, later)
     ref = logps_under(reference, list(range(len(lengths))))
@@ -268,13 +268,13 @@ def learn(
 
 
 def samples_of(batch: Rollout) -> list[Sample]:
-    """The responses as the reward takes them."""
+    """The responses in the form the reward takes."""
     facts = zip(batch.prompts, batch.parsed, batch.room, strict=True)
     return [Sample(prompt, **vars(parsed), room=room) for prompt, parsed, room in facts]
 
 
 def step_prompts(prompts: list[str], step: int, args: Args) -> list[str]:
-    """The P prompts of a step (from 1): the data in a new random order every epoch, none twice within one."""
+    """The P prompts of a step (counted from 1): every epoch visits each prompt once, in a new random order."""
     first = (step - 1) * args.prompts
     places = range(first, first + args.prompts)
     orders = {
@@ -284,20 +284,20 @@ def step_prompts(prompts: list[str], step: int, args: Args) -> list[str]:
 
 
 def through_guards(score: Score, config: RewardConfig) -> float:
-    """The share of what a sample's parts earn that its guards leave it."""
+    """The share of its parts' reward that a sample keeps after its guards."""
     return math.prod(value for name, value in score.guards.items() if getattr(config.guards, name).on)
 
 
 def quality(score: Score, config: RewardConfig) -> float:
-    """What a sample earns apart from its length: the other weighted parts, through the guards that are on."""
+    """What a sample earns apart from its length: the other weighted parts, times the guards that are on."""
     others = sum(weight * score.parts[name] for name, weight in config.weights().items() if name != "length")
     return others * through_guards(score, config)
 
 
 def part_rewards(score: Score, config: RewardConfig) -> list[float]:
-    """What a sample earns by each part, (parts,): their mean by the parts' weights is the sample's reward.
+    """What a sample earns from each part, (parts,); the mean over parts, by their weights, is the sample's reward.
 
-    Guards and the overlong penalty touch every part alike, and a malformed sample has the malformed score in each.
+    Guards and the overlong penalty affect every part alike, and a malformed sample gets the malformed score in each.
     """
     weights = config.weights()
     if score.verdict != "ok":
@@ -309,7 +309,7 @@ def part_rewards(score: Score, config: RewardConfig) -> list[float]:
 
 
 def check(args: Args, states: Path, processes: int) -> None:
-    """What can be known to be wrong before anything is loaded."""
+    """Check what can be checked before anything is loaded."""
     check_flags(args, AT_LEAST, ABOVE_ZERO)
     if args.advantage != "raw" and args.k < 2:
         raise InputError(
@@ -353,7 +353,7 @@ def main(args: Args) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=args.adam_eps, weight_decay=args.weight_decay, fused=True
     )
-    # What makes a run another run. A resumed one may have more steps, or stand elsewhere.
+    # What identifies a run. A resumed one may have more steps, or be stored elsewhere.
     config = {
         k: v
         for k, v in as_json(args).items()
@@ -376,7 +376,7 @@ def main(args: Args) -> None:
             attention=model.config._attn_implementation, available=free,
         )  # fmt: skip
         print(needs)
-        # A resumed run goes on with them, whatever is free then: rounding depends on them.
+        # A resumed run keeps these sizes, whatever is free then: rounding depends on them.
         state = {
             "step": 0, "metrics_size": 0, "samples_size": 0,
             "rows": min(gather([needs.rows])), "micro_tokens": min(gather([needs.micro_tokens])),
@@ -392,7 +392,7 @@ def main(args: Args) -> None:
         metrics = Log(args.out / "metrics.jsonl", state["metrics_size"])
         samples_log = Log(args.out / "samples.jsonl", state["samples_size"])
     interrupt = Interrupt()
-    # From an update's first change of weights on, a request to stop waits for the step's end.
+    # Once an update has begun to change weights, a request to stop waits for the end of the step.
     optimizer.register_step_pre_hook(lambda *_: interrupt.wait())
     weights = torch.tensor(list(args.reward.weights().values()))
     human_median = reward.calibration.quantile("story_words", 50)
@@ -407,7 +407,7 @@ def main(args: Args) -> None:
         processes.wait_for_everyone()
 
     def leave(step: int) -> NoReturn:
-        """Exit as the signal asks, with a checkpoint of the last whole step."""
+        """Exit as the signal asks, leaving a checkpoint of the last complete step."""
         if step and not (states / f"step_{step:06d}").exists():
             save(step)
         if chief:
@@ -424,7 +424,7 @@ def main(args: Args) -> None:
         return halve_until_it_fits(args, "rows", 1, lambda rows: draw(max_rows=rows))
 
     def evaluate(step: int) -> tuple[dict, Rollout, list[Sample]]:
-        """Held-out prompts, always the same seed, scored against the human median length, so that steps compare."""
+        """Sample held-out prompts, always with one seed, scored against the human median length, so that steps compare."""
         batch = own_rollout(held_out, 1, (args.seed, 0))
         own = samples_of(batch)
         samples, scores = gather(own), gather(reward(own, human_median))
@@ -447,10 +447,10 @@ def main(args: Args) -> None:
         if chief:
             metrics.write({"step": 0, **before, **checks})
             trackers.log({"step": 0, **before, **checks})
-        # The length target starts where the model is, and may rise to what the context holds beside prompt and outline.
+        # The length target starts at the model's own, and may rise to what the context holds besides prompt and outline.
         told = sum(len(words(s.think)) + len(words(s.story)) for s in samples)
         tokens_per_word = add(batch.response_tokens())[0] / max(1, told)
-        whole = [s for s in samples if s.verdict == "ok"]  # others have an outline without end, or none
+        whole = [s for s in samples if s.verdict == "ok"]  # of the others some have an outline without end, or none
         outlines = [len(words(s.think)) for s in whole] or [reward.calibration.quantile("think_words", 50)]
         beside = statistics.median(gather(batch.starts)) + tokens_per_word * statistics.median(outlines)
         longest = max(1.0, 0.8 * (context - beside) / tokens_per_word)
@@ -466,7 +466,7 @@ def main(args: Args) -> None:
         for step in range(state["step"] + 1, args.steps + 1):
             clock = time.perf_counter()
             try:
-                # Up to the first optimizer step a request to stop need not wait. Several processes agree at the step's end.
+                # Until the first optimizer step, a request to stop need not wait. Several processes agree at the step's end.
                 with interrupt.at_once() if processes.num_processes == 1 else nullcontext():
                     batch = own_rollout(step_prompts(prompts, step, args), args.k, (args.seed, step))
                     own = samples_of(batch)
@@ -548,7 +548,7 @@ def main(args: Args) -> None:
                 leave(step)
 
     last = max(state["step"], args.steps)
-    if state["eval_step"] < last:  # a run that was stopped, and ended there by a smaller --steps
+    if state["eval_step"] < last:  # a stopped run, ended there by a smaller --steps
         held, *_ = evaluate(last)
         state["eval_reward"] = held["eval/reward"]
         if chief:
@@ -577,7 +577,7 @@ def next_state(state: dict, samples: list[Sample], scores: list[Score], kl: floa
     mean, std = statistics.fmean(values), statistics.pstdev(values)
     if state["quality_mean"] is not None:
         reached = [s.verdict == "ok" and len(words(one.story)) >= 0.8 * target for s, one in zip(scores, samples)]
-        # Of the batch, by two standard errors: half of a batch's samples lie below their mean, most of a weak model's near 0.
+        # The batch mean, by two standard errors: half of the samples lie below their mean, most of a weak model's near 0.
         worse = mean < state["quality_mean"] - 2 * state["quality_std"] / len(values) ** 0.5
         target = next_length_target(target, sum(reached) / len(reached), worse, state["length_low"], state["length_high"])
         mean = 0.9 * state["quality_mean"] + 0.1 * mean

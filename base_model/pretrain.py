@@ -2,12 +2,11 @@
 
     python base_model/pretrain.py --text children.jsonl.gz more.txt --out base_model --steps 12000
 
-Trains an 8K byte-level BPE tokenizer and a GPT-2 of about 7M parameters on prose plus the training rows of `corpus/`, its
-simple stories counted apart: from short ones in words a child knows a model this small learns most (Eldan & Li 2023,
-TinyStories).
-Muon for the matrices and AdamW for the rest; the learning rate warms up, stays, and falls linearly over the last
-`--decay_share` of the steps, so a run may be stopped (Ctrl-C or SIGTERM writes its state) and ended early by a second call
-with a smaller `--steps`.
+Trains an 8K byte-level BPE tokenizer and a GPT-2 of about 7M parameters on prose plus the training rows of `corpus/`, with a
+separate share for its simple stories: a model this small learns most from short stories in words a child knows (Eldan & Li
+2023, TinyStories). Muon for the matrices and AdamW for the rest; the learning rate warms up, stays constant, and falls
+linearly over the last `--decay_share` of the steps, so a run can be stopped (Ctrl-C or SIGTERM saves its state) and ended
+early by a second call with a smaller `--steps`.
 """
 
 import gzip
@@ -38,17 +37,17 @@ NATIVE_BF16 = torch.cpu._is_avx512_bf16_supported()
 @dataclass
 class Args:
     text: tuple[Path, ...]
-    """Prose: .txt (one document a file) or .jsonl/.jsonl.gz (one document a row, in the field "text")."""
+    """Prose: .txt (one document per file) or .jsonl/.jsonl.gz (one document per row, in the field "text")."""
     out: Path = ROOT / "base_model"
-    """Model folder; the training state stands beside it as `<out>/state.pt` until the last step."""
+    """Model folder; the training state is kept in it as `<out>/state.pt` until the last step."""
     corpus: Path = ROOT / "corpus"
-    """Folder of `stories.jsonl`, `simple.jsonl` and `prompts.txt`; only rows of the training split are learnt."""
+    """Folder of `stories.jsonl`, `simple.jsonl` and `prompts.txt`; only rows of the training split are trained on."""
     start: Path | None = None
-    """Model folder to train on, tokenizer included. Default: random weights and a new tokenizer."""
+    """Model folder to start from, including its tokenizer. Default: random weights and a new tokenizer."""
     leave_out: tuple[str, ...] = ()
     """Authors to skip, where rows name one."""
     corpus_share: float = 0.06
-    """Share of the batch rows drawn from the corpus's other stories and its prompts; what is left comes from the prose."""
+    """Share of the batch rows drawn from the corpus's other stories and its prompts; the rest comes from the prose."""
     simple_share: float = 0.06
     """Share of the batch rows drawn from the corpus's simple stories."""
     vocab: int = 8192
@@ -59,7 +58,7 @@ class Args:
     context: int = 768
     """Context length, tokens."""
     batch: int = 4
-    """Rows of `context` tokens a step. Small batches: a short run needs many steps more than smooth ones."""
+    """Rows of `context` tokens per step. Small batches: a short run needs many steps rather than smooth ones."""
     steps: int = 4700
     warmup: int = 200
     decay_share: float = 0.35
@@ -75,7 +74,7 @@ class Args:
 
 
 def documents(paths: tuple[Path, ...], leave_out: tuple[str, ...]) -> list[str]:
-    """Prose with straight quotes and one newline between paragraphs, as the corpus is written."""
+    """Prose with straight quotes and one newline between paragraphs, like the corpus."""
     straight = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "\u2060": None})
     texts = []
     for path in paths:
@@ -152,7 +151,7 @@ def orthogonal_fp32(grad: torch.Tensor, coefficients: tuple[float, float, float]
 
 
 def schedule(step: int, args: Args) -> float:
-    """Warm-up, constant, linear decay to zero: the factor on both learning rates."""
+    """The factor on both learning rates: warm-up, constant, linear decay to zero."""
     decay = max(1, int(args.steps * args.decay_share))
     return min(1.0, (step + 1) / args.warmup, (args.steps - step) / decay)
 
@@ -199,7 +198,7 @@ def main(args: Args) -> None:
         torch.optim.AdamW(rest, lr=args.lr_rest, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
     if not NATIVE_BF16:
-        # torch's Muon iterates in bfloat16, which such a processor emulates: 13 s a step where this takes 0.3 s.
+        # torch's Muon iterates in bfloat16, which such a processor emulates: 13 s per step where this takes 0.3 s.
         torch.optim._muon._zeropower_via_newtonschulz = orthogonal_fp32
     base_lrs = [args.lr_matrix, args.lr_rest]
     start = 0

@@ -1,10 +1,10 @@
-"""Can the reward be raised by edits that no reader would call an improvement? Hill climbing, to see what it finds.
+"""Can edits that no reader would call an improvement raise the reward? Hill climbing, to see what it finds.
 
     python benchmarks/attack.py --data artifacts/data [--samples artifacts/rl/samples.jsonl] [--quick]
 
-Every row is edited for `--steps` steps: a sentence deleted, doubled, swapped with another, or taken from another row; words of
-the outline put in; the prompt spliced in. An edit stays where the reward rises. What remains is what a policy could learn. The
-length target is the row's own length at the start, so that growing longer earns nothing.
+Every row is edited for `--steps` steps: a sentence is deleted, doubled, swapped with another or taken from another row,
+words of the outline are inserted, or the prompt is spliced in. An edit is kept if the reward rises; what remains is what a
+policy could learn. The length target is the row's initial length, so growing longer earns nothing.
 """
 
 import json
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import tyro
 from tqdm import tqdm
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root's reward.py, not a neighbour of that name
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root's reward.py, not benchmarks/reward.py
 from reward import Reward, Sample
 from storygen.textstats import STOP_WORDS, words
 
@@ -39,13 +39,13 @@ class Args:
     """Edits tried on each row."""
     seed: int = 0
     show: int = 2
-    """Rows of each kind to show, those that gained most."""
+    """Rows of each kind to show: those that gained most."""
     quick: bool = False
     """4 rows, 40 steps."""
 
 
 def edit(story: str, row: Sample, other: str, rng: random.Random) -> tuple[str, str]:
-    """One random edit: its kind, and the story after it."""
+    """One random edit: its kind, and the edited story."""
     sentences = SENTENCE.findall(story) or [story]
     at, kind = rng.randrange(len(sentences)), rng.choice(("delete", "double", "swap", "other", "outline", "prompt"))
     if kind == "delete" and len(sentences) > 1:
@@ -68,7 +68,7 @@ def edit(story: str, row: Sample, other: str, rng: random.Random) -> tuple[str, 
 
 
 def attack(reward: Reward, rows: list[Sample], steps: int, rng: random.Random, name: str) -> dict:
-    """Climb on every row at once, so that each step is one batch for the encoder."""
+    """Climb on all rows at once, so that each step is one encoder batch."""
     targets = [float(len(words(row.story))) for row in rows]
 
     def score(samples: list[Sample]) -> np.ndarray:

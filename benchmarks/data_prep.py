@@ -1,26 +1,26 @@
-"""How long does data preparation take on the whole of WritingPrompts, and which part of it?
+"""How long does data preparation take on all of WritingPrompts, and which stages take the time?
 
     python benchmarks/data_prep.py [--source FILE.jsonl] [--quick]
 
-`data_prep.main` itself runs with a clock around the functions that it calls, on raw rows made of --source: each of its rows
-as it is, then again with most lower-case words replaced by words of other rows (seeded), so that markup, lengths and word
-frequencies stay, and hardly a row is a near copy of another. Outline rows are made of the embedded corpus in the same way.
-Every round runs it without and with the source rows; the difference, a stage's time for the source rows alone, is what min,
-median, max and rows/s are of.
+`data_prep.main` itself runs, with timers around the functions it calls, on raw rows made from --source: each row as it is,
+then again with most lower-case words replaced by words of other rows (seeded), so that markup, lengths and word frequencies
+stay the same and hardly any row is a near copy of another. Outline rows are made from the embedded corpus in the same way.
+Every round runs it once without and once with the source rows; min, median, max and rows/s are of the difference, a stage's
+time for the source rows alone.
 
 The projection, for 272,600 rows, on this machine:
-linear stages        rows (reading, cleaning, splitting, exact copies, sketches of stories, storing: in processes on every
-                     core), files (writing what was kept) and idf, this one as if every row were kept: the difference, scaled
-near copies          of prompts: more than linear, so measured apart, on as many made prompts as there are rows (of few real
-                     ones: they share more words than real ones do). --quick takes fewer and extends the power law through a
-                     quarter and the whole of them, too low by half
-calibration, rest    of fixed sample size, or loading: taken as they are. Under --quick the calibration is on few rows, and
-                     scaled up to as many rows as it draws of a large set: rough
+linear stages        the difference, scaled: rows (reading, cleaning, splitting, exact copies, sketches of stories, storing;
+                     in processes on every core), files (writing what was kept) and idf (as if every row were kept)
+near copies          of prompts: more than linear, so measured separately, on as many made prompts as there are rows (made
+                     from few real ones, so they share more words than real ones do). --quick takes fewer and extrapolates
+                     the power law through a quarter and all of them, which is too low by half
+calibration, rest    of fixed sample size, or loading: taken as they are. With --quick the calibration uses few rows and is
+                     scaled up to as many rows as it draws from a large set: a rough figure
 
-projected_minutes    of preparing 272,600 rows that lie on disk; the outline set's own rows, some seconds, are left out
-rows_per_s           of each stage whose time grows with the rows
-peak_gb              peak memory of this process, its own list of all prompts included; cleaning processes come on top
-calibration_s        of the calibration in the projection
+projected_minutes    to prepare 272,600 rows already on disk; the outline set's own rows, some seconds, are left out
+rows_per_s           of each stage whose time grows with the number of rows
+peak_gb              peak memory of this process, including its own list of all prompts; cleaning processes come on top
+calibration_s        seconds of the calibration in the projection
 """
 
 import contextlib
@@ -57,7 +57,7 @@ from storygen.memory import peak_memory
 WHOLE = 272_600  # rows of euclaise/writingprompts
 WORD = re.compile(r"(?<= )[a-z]+(?= )")
 REPLACED = 0.7
-# Every function that is timed, and the stage that its own time counts for; what it calls in turn counts for itself.
+# Every timed function, and the stage that its own time counts towards; timed functions that it calls count towards theirs.
 TIMED = (
     (data_prep, "main", "rest"),
     (data_prep, "read", "rows"),
@@ -76,15 +76,15 @@ Row = dict[str, str]
 @dataclass
 class Args:
     source: str = "corpus"
-    """Rows {prompt, story} that the source rows are made of: corpus, or the path of a file or folder."""
+    """Rows {prompt, story} that the source rows are made from: corpus, or the path of a file or folder."""
     rows: int = 20_000
     """Source rows of a run. The first 2,048 are cleaned before other processes start, and count as if all were."""
     outlines: int = 2_000
-    """Outline rows of a run."""
+    """Outline rows per run."""
     prompts: int = WHOLE
-    """Prompts among which near copies are looked for."""
+    """Prompts that are searched for near copies."""
     rounds: int = 3
-    """Rounds, in which data preparation runs once without and once with the source rows."""
+    """Rounds; in each, data preparation runs once without and once with the source rows."""
     seed: int = 0
     """Draws the words that are replaced."""
     quick: bool = False
@@ -92,7 +92,7 @@ class Args:
 
 
 def made(rows: list[Row], count: int, seed: int) -> Iterator[Row]:
-    """`count` rows: the given ones, then over and over with most lower-case words replaced by others of the column."""
+    """`count` rows: the given ones, then over and over with most lower-case words replaced by others of the same column."""
     rng = random.Random(seed)
     words = {key: [w for row in rows for w in WORD.findall(row[key])] for key in rows[0]}
 
@@ -109,7 +109,7 @@ def write(path: Path, rows: Iterator[Row]) -> None:
 
 
 class Clock:
-    """Own seconds of each stage: while a timed function calls another, only the inner one's clock runs."""
+    """Seconds spent in each stage itself: while a timed function calls another, only the inner one's clock runs."""
 
     def __init__(self) -> None:
         self.seconds: Counter = Counter()
@@ -137,7 +137,7 @@ class Clock:
 
 
 def prepare(source: Path, outlines: Path, out: Path) -> tuple[Counter, int]:
-    """Seconds of each stage of a run, and documents of its idf table; no calibration where there are only outline rows."""
+    """Seconds per stage of a run, and documents of its idf table; no calibration if there are only outline rows."""
     clock = Clock()
     with contextlib.ExitStack() as undo:
         for owner, name, stage in TIMED:
@@ -151,7 +151,7 @@ def prepare(source: Path, outlines: Path, out: Path) -> tuple[Counter, int]:
 
 
 def near_copies(prompts: list[str]) -> float:
-    """Seconds of looking for near copies across splits."""
+    """Seconds to look for near copies across splits."""
     splits = [split_of(prompt) for prompt in prompts]
     clock = time.perf_counter()
     crossing_prompts(prompts, splits)
@@ -180,10 +180,10 @@ def main(args: Args) -> None:
                 alone[stage].append(after[stage] - before[stage])
             for stage, times in fixed.items():
                 times.append(after[stage])
-    # Of the first run: later ones find the libraries loaded.
+    # From the first run: later ones find the libraries loaded.
     fixed["rest"] = [warm["rest"]]
     train = sum(split_of(clean_prompt(row["prompt"])) == "train" for row in plans)
-    # Cleaned beforehand; what is replaced leaves them clean.
+    # Cleaned beforehand; replacing words keeps them clean.
     clean = [{"prompt": clean_prompt(row["prompt"])} for row in base]
     unique = list(dict.fromkeys(row["prompt"] for row in made(clean, args.prompts, args.seed)))
     quarter, whole = near_copies(unique[: len(unique) // 4]), near_copies(unique)

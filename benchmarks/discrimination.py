@@ -1,13 +1,13 @@
-"""Does the correlation part tell true pairs from false ones? Every layer, tf mode and score, by held-out human rows.
+"""Does the correlation part tell true pairs from false ones? Every layer, tf mode and score, on held-out human rows.
 
     python benchmarks/discrimination.py --data artifacts/data [--quick]
 
 easy    share of mismatched pairs that score below the true one: the same candidate with another row's reference (`ref`),
         the same reference with another row's candidate (`cand`)
-hard    share of rows whose true outline scores above the same outline with one sentence of another row's (`sentence`), its
-        first two names (`names`) or its two heaviest nouns (`nouns`) swapped with each other, those nouns replaced by another
-        row's (`replaced`); rows without two of a kind are left out. Last, the same by the clipped part and by the whole
-        reward, at the default layer
+hard    share of rows whose true outline scores above the same outline with one sentence replaced by another row's
+        (`sentence`), its first two names (`names`) or two heaviest nouns (`nouns`) swapped with each other, or those nouns
+        replaced by another row's (`replaced`); rows without two of a kind are left out. Last, the same by the clipped part
+        and by the whole reward, at the default layer
 length  Spearman's correlation of mismatched scores with the candidate's length in words: plain recall, recall over b(n) of
         human text of that length, and recall over the candidate's own chance level, which the reward uses
 cost    seconds to encode all texts, relative to the last layer
@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 import tyro
 from scipy.stats import spearmanr
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root's reward.py, not a neighbour of that name
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root's reward.py, not benchmarks/reward.py
 from reward import Reward, Sample, Score
 from storygen.bertscore import Embedded, Panel, best_match, load_encoder, token_weights, weighted
 from storygen.calibration import CAP, PAIRS, PANEL, TF
@@ -44,7 +44,7 @@ class Args:
     layers: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
     """Layers of the packaged MiniLM."""
     rows: int = 160
-    """Held-out rows at most."""
+    """Held-out rows, at most."""
     seed: int = 0
     quick: bool = False
     """48 rows, layers 3 and 6."""
@@ -55,12 +55,12 @@ HARD = ("sentence", "names", "nouns", "replaced")
 
 
 def names_of(outline: str) -> list[str]:
-    """Words with a capital letter within a sentence, each once."""
+    """Capitalised words within a sentence, each once."""
     return list(dict.fromkeys(re.findall(r"(?<![.!?] )(?<!^)\b[A-Z][a-z]+\b", outline)))
 
 
 def nouns_of(outline: str, weight: Callable[[str], float]) -> list[str]:
-    """Words after an article or possessive, perhaps with an adjective between, the heaviest first."""
+    """Words after an article or possessive, perhaps with an adjective in between, heaviest first."""
     found = dict.fromkeys(word for word in NOUN.findall(outline) if word not in STOP_WORDS)
     return sorted(found, key=weight, reverse=True)
 
@@ -70,7 +70,7 @@ def replace_words(text: str, mapping: dict[str, str]) -> str:
 
 
 def altered(rows: list[dict], i: int, kind: str, weight: Callable[[str], float], rng: random.Random) -> str | None:
-    """Row i's outline with a fault that a careful reader would see; None where it has no two words of the kind."""
+    """Row i's outline with a fault that a careful reader would see; None if it lacks two words of the kind."""
     outline, other = rows[i]["think"], rows[(i + 1 + rng.randrange(len(rows) - 1)) % len(rows)]["think"]
     if kind == "sentence":
         mine, theirs = SENTENCE.findall(outline), SENTENCE.findall(other)
@@ -82,9 +82,9 @@ def altered(rows: list[dict], i: int, kind: str, weight: Callable[[str], float],
 
 
 def by_reward(data: Path, rows: list[dict], hard: dict[str, list[str | None]]) -> dict[str, dict[str, float]]:
-    """{"correlation"|"reward": {kind: share of rows whose true outline is ahead}}, each row's own length as the target.
+    """{"correlation"|"reward": {kind: share of rows whose true outline is ahead}}, with each row's own length as the target.
 
-    The part is full at the human mean, so that two outlines may tie there.
+    The part is full at the human mean, so two outlines may tie there.
     """
     reward = Reward.load(data)
 

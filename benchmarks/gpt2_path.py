@@ -1,13 +1,13 @@
-"""Does the full-size path fit a small machine? Every script with --preset gpt2, a few steps each, on a processor.
+"""Does the full-size path fit a small machine? Every script with --preset gpt2, a few steps each, on a CPU.
 
     python benchmarks/gpt2_path.py --gpt2-tokenizer FOLDER --rows train.jsonl [--layers 2]
 
-The model is `GPT2Config()` with random weights, under GPT-2's own tokenizer; the rows are WritingPrompts ones, the outlines the corpus's,
-the encoder the packaged MiniLM. Batches are cut to what a processor gets through in minutes; context, vocabulary, memory plan and
-code are the preset's. The text that comes out is noise.
+The model is `GPT2Config()` with random weights and GPT-2's own tokenizer; the rows come from WritingPrompts, the outlines
+from the corpus, and the encoder is the packaged MiniLM. Batches are cut to what a CPU gets through in minutes; context,
+vocabulary, memory plan and code are the preset's. The generated text is noise.
 
-seconds   from start to end of a script, imports included
-peak_gb   largest resident size of the script's processes, one at a time (`wait4`)
+seconds   from start to end of a script, including imports
+peak_gb   largest resident size of any one of the script's processes (`wait4`)
 """
 
 import json
@@ -34,11 +34,11 @@ class Args:
     rows: Path
     """WritingPrompts rows: jsonl with prompt and story."""
     layers: int = 12
-    """Of the model: 12 is GPT-2 124M."""
+    """Layers of the model: 12 is GPT-2 124M."""
     steps: int = 3
-    """Optimizer steps of each stage of fine-tuning, and of RL."""
+    """Optimizer steps of each fine-tuning stage, and steps of RL."""
     quick: bool = False
-    """2 layers, 1 step of few tokens, 30 rows; data preparation, the one-shot stage and RL alone."""
+    """2 layers, 1 step of few tokens, 30 rows; data preparation, the one-shot stage and RL only."""
 
 
 def commands(home: Path, args: Args) -> list[list[str]]:

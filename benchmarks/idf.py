@@ -1,21 +1,21 @@
-"""How fast is the idf table counted, beside bert-score's, and in how much memory?
+"""How fast is the idf table counted, compared with bert-score's, and in how much memory?
 
     python benchmarks/idf.py [--prose FOLDER] [--quick]
 
-Documents are runs of sentences of real prose, about 600 words each, from random places (seeded) and made as they are asked
-for: a larger build needs no more memory for them. Both sides count the same documents with the packaged MiniLM's tokenizer,
-in one process, in turn; the library at the best of its numbers of processes, ours with the tokenizer's own threads. The
-library cuts a document at 512 tokens, but only after having read it whole; ours counts all of it. Making the documents, part of our
-time in the largest build, goes at some 250,000 a second.
+Documents are runs of sentences of real prose, about 600 words each, from random places (seeded), made on demand so that a
+larger build needs no more memory for them. Both sides count the same documents with the packaged MiniLM's tokenizer, in turn
+in one process: the library with its best number of processes, ours with the tokenizer's own threads. The library cuts a
+document at 512 tokens, but only after reading all of it; ours counts all of it. Making the documents is part of our time in
+the largest build, and runs at some 250,000 per second.
 
 ratio_vs_bert_score  our texts/s over those of get_idf_dict, medians over rounds, on the same documents
-texts_per_s          ours in the largest build, that runs once, in a process of its own
-peak_gb              peak memory of that process: Python, torch, the encoder and the prose included; the table shows it
-                     without the build too
-equal                whether all idf values agree, to fp32, on documents cut so that the library reads them whole. The
+texts_per_s          ours in the largest build, which runs once, in a process of its own
+peak_gb              peak memory of that process, including Python, torch, the encoder and the prose; the table also shows
+                     it without the build
+equal                whether all idf values agree, to fp32, on documents short enough for the library to read whole. The
                      formula is the same, ln((N + 1) / (df + 1)), ln(N + 1) for tokens never seen. Special tokens are left
-                     out: ours are 0, the library's are too where it adds them itself ([CLS], [SEP]), and are counted as
-                     words else ([UNK]).
+                     out: ours are 0; the library's are 0 too where it adds them itself ([CLS], [SEP]), and are otherwise
+                     counted as words ([UNK]).
 """
 
 import gzip
@@ -43,21 +43,21 @@ from storygen.memory import keep_freed_memory, peak_memory
 
 SENTENCE_END = re.compile(r"(?<=[.!?”’\"'])\s+|\n+")
 SHORT = 300  # words of a document that fits the library's 512 tokens
-MOST_EQUAL = 3_000  # such documents, whose idf is compared
+MOST_EQUAL = 3_000  # such documents whose idf is compared
 
 
 @dataclass
 class Args:
     prose: Path = Path("corpus")
-    """Folder of jsonl or jsonl.gz files, whose rows hold prose under `text` or `story`."""
+    """Folder of jsonl or jsonl.gz files whose rows hold prose under `text` or `story`."""
     words: int = 600
-    """Words of a document; it ends with the sentence that reaches them."""
+    """Words per document; it ends with the sentence that reaches this count."""
     compared: int = 20_000
     """Documents that both sides count in every round."""
     largest: int = 200_000
     """Documents of the build that runs once, in a process of its own."""
     rounds: int = 3
-    """Rounds, in which every contender runs once."""
+    """Rounds; every contender runs once in each."""
     seed: int = 0
     """Draws the places where documents begin."""
     quick: bool = False
@@ -67,7 +67,7 @@ class Args:
 
 
 class Prose:
-    """Prose as one run of UTF-8 bytes, with the places where its sentences begin and the words before each."""
+    """Prose as one run of UTF-8 bytes, with the offset of each sentence and the number of words before it."""
 
     def __init__(self, folder: Path):
         parts, self.starts, self.before = [], array("q", [0]), array("q", [0])
@@ -111,7 +111,7 @@ def alone(args: Args) -> dict:
 
 
 def agree(tokenizer, documents: Iterator[str]) -> tuple[bool, int, int]:
-    """Whether both give the same idf on the documents that the library does not cut; those documents, and tokens seen."""
+    """Whether both give the same idf on the documents that the library does not cut; counts of those and of tokens seen."""
     from bert_score.utils import get_idf_dict
 
     coder = backend(tokenizer)

@@ -1,15 +1,16 @@
-"""Is anything lost when a run is killed? SIGKILL at random moments of RL, and the same bytes in the end.
+"""Is anything lost when a run is killed? SIGKILL at random moments of RL must lead to the same bytes.
 
     python benchmarks/kill.py --data artifacts/data --model artifacts/zeroshot [--kills 50] [--quick]
 
-A short RL run is made once without interruption. Then runs of the same settings are killed, each time in the phase whose turn it is
-(sampling, reward, update, evaluation, checkpoint) at a random moment of it, and started again with --resume, until they end. An
-ended run must have the same weights, metrics (but for times) and samples as the one that was never killed, byte for byte, and must
-have started each time from the newest checkpoint that stood there. Every start is a fork of this process, which has loaded the
+A short RL run is made once without interruption. Then runs with the same settings are killed at random moments, in each
+phase in turn (sampling, reward, update, evaluation, checkpoint), and restarted with --resume until they finish. A finished
+run must have the same weights, metrics (except times) and samples as the one that was never killed, byte for byte, and must
+have started each time from the newest checkpoint that existed. Every start is a fork of this process, which has loaded the
 libraries and nothing else.
 
-kills         processes killed, in all and (table) by phase
-differences   ended runs whose weights, metrics or samples differ from the reference's, plus starts that lost a whole checkpoint
+kills         processes killed, in total and (table) by phase
+differences   finished runs whose weights, metrics or samples differ from the reference's, plus starts that lost a whole
+              checkpoint
 """
 
 import contextlib
@@ -30,14 +31,14 @@ import torch
 import tyro
 from tqdm import tqdm
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root's reward.py, not a neighbour of that name
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root's reward.py, not benchmarks/reward.py
 import rl_train
 from reward import Reward
 from storygen.checkpoint import checkpoints
 from storygen.corpus import spread
 
 PHASES = ("sampling", "reward", "update", "evaluation", "checkpoint")
-LONGEST = {"sampling": 1.0, "reward": 0.3, "update": 1.0, "evaluation": 1.0, "checkpoint": 0.1}  # seconds; a delay within
+LONGEST = {"sampling": 1.0, "reward": 0.3, "update": 1.0, "evaluation": 1.0, "checkpoint": 0.1}  # longest delay, seconds
 
 
 @dataclass
@@ -47,19 +48,19 @@ class Args:
     model: str = "artifacts/zeroshot"
     """Model folder made by pattern_learning.py."""
     kills: int = 50
-    """Processes to kill, at least."""
+    """Processes to kill, at minimum."""
     steps: int = 4
-    """Steps of a run."""
+    """Steps per run."""
     new_tokens: int = 200
     """Longest response."""
     seed: int = 0
-    """Draws the moments."""
+    """Draws the moments of the kills."""
     quick: bool = False
     """2 kills of runs of 2 steps, responses of at most 60 tokens."""
 
 
 class Told:
-    """A byte that a child writes and its parent reads: the phase the child is in."""
+    """The phase a child is in: a byte that it writes and its parent reads."""
 
     def __init__(self):
         self.memory = mmap.mmap(-1, 1)
@@ -68,7 +69,7 @@ class Told:
         return ([None, *PHASES])[self.memory[0]]
 
     def wrap(self, phase: str, function: Callable) -> Callable:
-        """The function, telling its phase while it runs (an evaluation samples and scores too, and stays an evaluation)."""
+        """The function, reporting its phase while it runs (sampling and scoring in an evaluation count as evaluation)."""
 
         def told(*args, **kwargs):
             before = self.memory[0]
@@ -83,7 +84,7 @@ class Told:
 
 
 def start(settings: rl_train.Args, told: Told) -> int:
-    """A child process that makes or continues the run; its pid."""
+    """Start a child process that makes or continues the run; returns its pid."""
     told.memory[0] = 0
     pid = os.fork()
     if pid:
@@ -101,9 +102,7 @@ def start(settings: rl_train.Args, told: Told) -> int:
 
         rl_train.rollout = rollout
         human = rl_train.load_sft
-        rl_train.load_sft = lambda *where: human(*where)[
-            :8
-        ]  # scored at the start of every run, which is not what is killed here
+        rl_train.load_sft = lambda *where: human(*where)[:8]  # scored at the start of every run: not what is killed here
         Reward.__call__ = told.wrap("reward", Reward.__call__)
         rl_train.learn = told.wrap("update", rl_train.learn)
         rl_train.save_state = told.wrap("checkpoint", rl_train.save_state)
@@ -113,7 +112,7 @@ def start(settings: rl_train.Args, told: Told) -> int:
 
 
 def kill_in(pid: int, phase: str, told: Told, skip: int, delay: float) -> bool:
-    """Kill the child `delay` seconds after it entered `phase` for the (skip + 1)th time; False where it ended before."""
+    """Kill the child `delay` seconds after it enters `phase` for the (skip + 1)th time; False if it ended first."""
     inside, entered = False, 0
     while True:
         done, _ = os.waitpid(pid, os.WNOHANG)
@@ -132,7 +131,7 @@ def kill_in(pid: int, phase: str, told: Told, skip: int, delay: float) -> bool:
 
 
 def outcome(out: Path) -> dict[str, object]:
-    """What a run leaves, times aside."""
+    """What a run leaves behind, except times."""
 
     def rows(name: str) -> list[dict]:
         lines = (out / name).read_text("utf-8").splitlines()

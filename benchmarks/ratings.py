@@ -1,11 +1,12 @@
-"""Does the reward prefer what people prefer? Pairs of stories for one prompt, of which people preferred the first.
+"""Does the reward prefer what people prefer? Pairs of stories for one prompt, the first of which people preferred.
 
     python benchmarks/ratings.py --pairs pairs.jsonl --data artifacts/data
 
-Rows of the file: {"prompt", "story_a", "story_b"}. The stories have no outline, so what needs one is left out: the correlation
-is the prompt's recall by the story, and guards on the outline do not count. The length target is the human median of the data.
-Agreement is the share of pairs in which the preferred story scores higher, a tie counting half; 95% bootstrap intervals over
-pairs. Stories are cleaned as in data preparation. `words` is the agreement of length alone, for comparison.
+Rows of the file: {"prompt", "story_a", "story_b"}. The stories have no outline, so what needs one is left out: the
+correlation is the prompt's recall by the story, and guards on the outline do not count. The length target is the human
+median of the data. Agreement is the share of pairs in which the preferred story scores higher, a tie counting half, with 95%
+bootstrap intervals over pairs. Stories are cleaned as in data preparation. `words` is the agreement of length alone, for
+comparison.
 """
 
 import json
@@ -17,7 +18,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root's reward.py, not a neighbour of that name
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root's reward.py, not benchmarks/reward.py
 from rew_config import GUARDS, Correlation, RewardConfig
 from reward import Reward, Sample
 from storygen.cleaning import clean_prompt, clean_story
@@ -40,10 +41,10 @@ class Args:
 
 
 def measures(reward: Reward, rows: list[dict], which: str, target: float) -> dict[str, np.ndarray]:
-    """Every part, guard and the whole, (pairs,), of one story of each pair."""
+    """All parts and guards and the whole, each (pairs,), for one story of each pair."""
     found: dict[str, list[float]] = {}
     for start in tqdm(range(0, len(rows), BATCH), desc=which, unit="batch", disable=None):
-        # An outline of the prompt's own words keeps the grammar whole; nothing that looks at it is used.
+        # The prompt's own words as the outline keep the row well-formed; nothing that looks at the outline is used.
         samples = [
             Sample(
                 clean_prompt(r["prompt"]),

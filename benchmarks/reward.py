@@ -1,18 +1,19 @@
-"""How fast is the reward, and how fast is its BERTScore beside the bert-score package?
+"""How fast is the reward, and how fast is its BERTScore compared with the bert-score package?
 
     python benchmarks/reward.py --data artifacts/data [--quick]
 
-Both sides score the same pairs in this process, in turn, with the packaged MiniLM in fp32 and the same threads; the library at
-the best of its batch sizes. Texts are made of the embedded corpus: outlines of 100 words, stories of 400, prompts as they are.
+Both sides score the same pairs in this process, in turn, with the packaged MiniLM in fp32 and the same threads; the library
+at its best batch size. Texts are made from the embedded corpus: outlines of 100 words, stories of 400, prompts as they are.
 
-ratio_unique         outline by story, every text new, last layer on both sides
-ratio_shared         the reward's three pairs of K samples of each prompt, that share prompt and outline, scored and then rescored
-                     under another tf: ours measures every tf in one pass, the library is called again; last layer
+ratio_unique         outlines by stories, every text new, last layer on both sides
+ratio_shared         the reward's three pairs for K samples per prompt, which share prompt and outline, scored and then
+                     rescored under another tf: ours measures every tf in one pass, the library is called again; last layer
 ratio_shared_once    the same without the rescoring
 ratio_default_layer  as ratio_unique, with ours at its default layer
-ratio_rescore        the samples of ratio_shared under other weights: ours from the logged measurements, the library anew
-samples_per_s        the whole reward, measures and guards included, on samples of the corpus's own lengths
-peak_gb              peak memory of this process, both sides in it
+ratio_rescore        the samples of ratio_shared under other weights: ours from the logged measurements, the library from
+                     scratch
+samples_per_s        the whole reward, including measures and guards, on samples with the corpus's own lengths
+peak_gb              peak memory of this process, both sides included
 """
 
 import json
@@ -43,17 +44,17 @@ class Args:
     data: Path = Path("artifacts/data")
     """Folder made by data_prep.py."""
     pairs: int = 64
-    """Pairs that are scored in every round."""
+    """Pairs scored in every round."""
     k: int = 8
-    """Samples of a prompt, where texts are shared."""
+    """Samples per prompt, where texts are shared."""
     rounds: int = 5
-    """Rounds, in which every contender runs once; the median counts."""
+    """Rounds; every contender runs once in each, and the median counts."""
     quick: bool = False
     """16 pairs, one round."""
 
 
 def of_words(texts: list[str], n: int, count: int) -> list[str]:
-    """`count` texts of n words, each a new run through the given ones."""
+    """`count` texts of n words each, taken one after another from the given ones."""
     stream = cycle(word for text in texts for word in text.split())
     return [" ".join(islice(stream, n)) for _ in range(count)]
 

@@ -1,13 +1,13 @@
-"""How long does one RL step take, beside TRL's GRPO?
+"""How long does one RL step take, compared with TRL's GRPO?
 
     python benchmarks/rl_step.py --data artifacts/data --model artifacts/zeroshot [--quick]
 
-Both sides: same checkpoint, prompts, samples a prompt, reward, optimizer steps, arithmetic, threads, no dropout; in one process, a
-step of ours and a step of theirs in turn. `fixed`: every sample has `--new-tokens` tokens (its end is forbidden). `spread`:
-samples end where they end, within the context, as in a real run.
+Both sides have the same checkpoint, prompts, samples per prompt, reward, optimizer steps, arithmetic and threads, and no
+dropout, and take steps in turn in one process. `fixed`: every sample has `--new-tokens` tokens (its end is forbidden).
+`spread`: samples end where they end, within the context, as in a real run.
 
-ratio_fixed, ratio_spread   TRL's seconds a step over ours, medians
-peak_gb, peak_gb_peer       peak memory of a process that runs one side only, spread lengths
+ratio_fixed, ratio_spread   TRL's seconds per step over ours, medians
+peak_gb, peak_gb_peer       peak memory of a process that runs one side only, with spread lengths
 """
 
 import json
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import tyro
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root's reward.py, not a neighbour of that name
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root's reward.py, not benchmarks/reward.py
 import rl_train
 from benchmarks.trl_peer import run_trl
 from reward import Reward, Sample
@@ -43,13 +43,13 @@ class Args:
     model: str = "artifacts/zeroshot"
     """Model folder made by pattern_learning.py."""
     prompts: int = 8
-    """Prompts a step."""
+    """Prompts per step."""
     k: int = 4
-    """Samples of each."""
+    """Samples per prompt."""
     new_tokens: int = 128
-    """Tokens of every sample of `fixed`."""
+    """Tokens per sample in `fixed`."""
     steps: int = 5
-    """Steps of either side that count, after one that does not."""
+    """Steps of each side that count, after one that does not."""
     quick: bool = False
     """2 prompts, samples of 64 tokens, one step; `spread` is cut at 160 tokens."""
     only: tuple[str, str] | None = None
@@ -72,7 +72,7 @@ class Ours:
         self.step, self.beta = 0, args.beta
 
     def run(self, prompts: list[str], reward) -> dict[str, float]:
-        """One step. Figures: seconds, and of each phase, tokens (of the responses)."""
+        """One step. Returns its seconds, in total and per phase, and its response tokens."""
         self.step += 1
         args, clock = self.args, time.perf_counter()
         batch = rollout(
@@ -136,12 +136,12 @@ def compare(args: Args, lengths: str, sides: tuple[str, ...] = ("ours", "trl")) 
 
 
 def peaks_gb(args: Args) -> dict[str, float]:
-    """Peak memory of each side in a process of its own, GB. Both run at once: nothing is timed."""
+    """Peak memory of each side in a process of its own, GB. Both run at once, as nothing is timed."""
     flags = {"data": args.data, "model": args.model, "prompts": args.prompts, "k": args.k, "new-tokens": args.new_tokens}
     flags |= {"steps": 1}
     command = [sys.executable, __file__, *(word for name, value in flags.items() for word in (f"--{name}", value))]
     command += ["--quick"] if args.quick else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two of them with all threads each would wait for one another
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two processes with all threads each would wait for one another
     started = {
         key: subprocess.Popen(
             [*map(str, command), "--only", side, "spread"], stdout=subprocess.PIPE, text=True, env=environment
@@ -152,16 +152,16 @@ def peaks_gb(args: Args) -> dict[str, float]:
 
 
 def arithmetic_seconds(model, tokens: float, rate: float) -> float:
-    """What a step's matrix products take at `rate` FLOP/s: sampling, old and reference forwards, a forward and a backward."""
+    """Seconds of a step's matrix products at `rate` FLOP/s: sampling, old and reference forwards, forward and backward."""
     table = model.get_output_embeddings().weight
     blocks = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and ".h." in name)
     passes = 1 + 1 + 1 + 3
-    head = table.numel() * (passes + 1)  # its logits are made twice in learning
+    head = table.numel() * (passes + 1)  # its logits are computed twice in learning
     return 2 * tokens * (blocks * passes + head) / rate
 
 
 def matmul_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the best of ten."""
+    """FLOP/s of a large matrix product, best of ten."""
     a, b = torch.randn(2048, 1024).to(dtype), torch.randn(1024, 2048).to(dtype)
     best = min(timed(lambda: a @ b) for _ in range(10))
     return 2 * 2048 * 1024 * 2048 / best

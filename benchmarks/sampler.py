@@ -1,16 +1,17 @@
-"""How fast does the sampler write, beside `generate` of transformers?
+"""How fast does the sampler write, compared with `generate` of transformers?
 
     python benchmarks/sampler.py --model artifacts/zeroshot [--gpt2-tokenizer FOLDER] [--quick]
 
-Same model, prompts (of unequal length, left-padded for `generate`), law (temperature 1, nothing cut off), arithmetic and threads, in
-one process, in turn. `fixed`: every row has `--new-tokens` tokens. `spread`: rows end where they end; `generate` carries its
-finished rows along until the last one has ended. Models: the one given, and with --gpt2-tokenizer a GPT-2 124M of random
-weights, whose end token is made likely enough that rows have 150 tokens on average.
+Both have the same model, prompts (of unequal length, left-padded for `generate`), distribution (temperature 1, no
+truncation), arithmetic and threads, and run in turn in one process. `fixed`: every row has `--new-tokens` tokens. `spread`:
+rows end where they end; `generate` carries its finished rows along until the last one has ended. Models: the given one and,
+with --gpt2-tokenizer, a GPT-2 124M with random weights, whose end token is made likely enough that rows have 150 tokens on
+average.
 
 ratio_b1, ratio_b32_fixed, ratio_b32_spread   `generate`'s seconds over ours, medians, for --model (`gpt2_…`: for GPT-2)
-roofline_b32                                  share of our time, at batch 32 and fixed length, that arithmetic or memory traffic
-                                              alone would take at the rates of a large product and a large copy here
-peak_gb                                       peak memory of this process, both sides in it
+roofline_b32                                  share of our time, at batch 32 and fixed length, that arithmetic or memory
+                                              traffic alone would take at the rates of a large product and a large read here
+peak_gb                                       peak memory of this process, both sides included
 """
 
 import json
@@ -35,7 +36,7 @@ from storygen.memory import peak_memory
 from storygen.pattern import Pattern, add_pattern_tokens
 from storygen.sampler import sample
 
-MEAN_LENGTH = 150  # tokens of a row of the random GPT-2, where rows may end
+MEAN_LENGTH = 150  # tokens per row of the random GPT-2, where rows may end
 
 
 @dataclass
@@ -45,14 +46,14 @@ class Args:
     model: str = "artifacts/zeroshot"
     """Model folder made by pattern_learning.py."""
     gpt2_tokenizer: Path | None = None
-    """GPT-2's tokenizer; with it a GPT-2 124M of random weights runs too."""
+    """GPT-2's tokenizer; if given, a GPT-2 124M with random weights runs too."""
     batches: list[int] = field(default_factory=lambda: [1, 8, 32, 64])
     new_tokens: int = 128
-    """Tokens of a row of `fixed`."""
+    """Tokens per row in `fixed`."""
     longest: int = 640
-    """Cap on a row of `spread`."""
+    """Cap on the tokens of a row in `spread`."""
     rounds: int = 3
-    """Rounds in which either side runs once."""
+    """Rounds; each side runs once per round."""
     device: str = "cpu"
     """cpu or cuda."""
     quick: bool = False
@@ -60,7 +61,7 @@ class Args:
 
 
 def random_gpt2(tokenizer_folder: Path) -> tuple[GPT2LMHeadModel, Pattern]:
-    """GPT-2 124M of random weights with the pattern's tokens; `<eos>` has probability 1 / MEAN_LENGTH at every place."""
+    """GPT-2 124M with random weights and the pattern's tokens; `<eos>` has probability 1 / MEAN_LENGTH at every position."""
     from transformers import AutoTokenizer
 
     torch.manual_seed(0)
@@ -69,7 +70,7 @@ def random_gpt2(tokenizer_folder: Path) -> tuple[GPT2LMHeadModel, Pattern]:
     add_pattern_tokens(model, tokenizer)
     pattern = Pattern(tokenizer)
     with torch.no_grad():
-        # The final norm makes 1 of every state's first component, which the end token's row alone reads.
+        # The final norm sets every state's first component to 1, and only the end token's row reads it.
         norm, rows = model.transformer.ln_f, model.transformer.wte.weight
         norm.weight[0], norm.bias[0], rows[:, 0] = 0.0, 1.0, 0.0
         states = model.transformer(torch.arange(200)[None]).last_hidden_state[0]
@@ -82,7 +83,7 @@ def random_gpt2(tokenizer_folder: Path) -> tuple[GPT2LMHeadModel, Pattern]:
 def by_generate(
     model: PreTrainedModel, pattern: Pattern, prefixes: list[list[int]], most: int, fixed: bool, dtype: torch.dtype
 ) -> int:
-    """Response tokens that `generate` wrote."""
+    """Number of response tokens that `generate` wrote."""
     width = max(map(len, prefixes))
     ids = torch.tensor([[pattern.pad_id] * (width - len(p)) + p for p in prefixes], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prefixes], device=model.device)
@@ -96,14 +97,14 @@ def by_generate(
 
 
 def by_us(model, pattern: Pattern, prompts: list[list[int]], k: int, most: int, fixed: bool, dtype, seed: int) -> int:
-    """Response tokens that our sampler wrote: `k` of each prompt."""
+    """Number of response tokens that our sampler wrote, in `k` rows per prompt."""
     eos = -1 if fixed else pattern.eos_id  # -1: an end that is never drawn
     drawn = sample(model, prompts, k, eos_id=eos, vocabulary=pattern.size, seed=seed, max_new_tokens=most, dtype=dtype)
     return sum(len(one.ids) for row in drawn for one in row)
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOP/s of a large matrix product and bytes/s of a large read, the best of ten."""
+    """FLOP/s of a large matrix product and bytes/s of a large read, best of ten."""
     a, b = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
     large = torch.randn(2**26, device=device)
 
@@ -119,7 +120,7 @@ def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def roofline(model: PreTrainedModel, pattern: Pattern, rows: int, prefix: float, new: int, dtype: torch.dtype) -> float:
-    """Seconds that `new` tokens for each of `rows` rows take at least: products, or reading weights and cache, by step."""
+    """Least seconds for `new` tokens in each of `rows` rows: per step, products or reading weights and cache."""
     flops, traffic = rates(model.device, dtype)
     width, size = model.config.n_embd, torch.finfo(dtype).bits / 8
     weights = sum(p.numel() for name, p in model.named_parameters() if ".h." in name) + pattern.size * width
@@ -133,7 +134,7 @@ def roofline(model: PreTrainedModel, pattern: Pattern, rows: int, prefix: float,
 def in_turn(
     model, pattern: Pattern, prompts: list[list[int]], k: int, most: int, fixed: bool, dtype: torch.dtype, rounds: int
 ) -> dict[str, list[float]]:
-    """Tokens/s of ours and of `generate` in every round, on `k` rows of each prompt."""
+    """Tokens/s of our sampler and of `generate` in every round, on `k` rows per prompt."""
     prefixes = [p for p in prompts for _ in range(k)]
     sides = {
         "ours": lambda new, seed: by_us(model, pattern, prompts, k, new, fixed, dtype, seed),

@@ -2,14 +2,15 @@
 
     python benchmarks/scaling.py --data artifacts/data --model artifacts/zeroshot [--processes 1 2] [--quick]
 
-The same run, with the same seed, by 1 process and by several; every process has one thread, so that the ratio says what sharing the
-work is worth, apart from how well one process uses many threads. Medians over the steps after the first. Sampling ends, and so
-does the update, when the slowest process is done: its wait stands in the phase that follows.
+The same run, with the same seed, with 1 process and with several; every process has one thread, so that the ratio shows what
+sharing the work is worth, apart from how well one process uses many threads. Medians over the steps after the first.
+Sampling and the update end when the slowest process is done: the wait for it counts towards the phase that follows.
 
-speedup        seconds a step (RL), tokens/s (fine-tuning): several processes over one
+speedup        in seconds per step (RL) or tokens/s (fine-tuning): several processes over one
 gradients      seconds to sum the gradients of this model, and of one of GPT-2's size, over the processes (gloo)
-same_stories   share of the first step's stories that the processes together wrote word for word as one did: they draw by the same
-               numbers, but batches of other sizes round otherwise, and where a draw lies on the border a story takes another way
+same_stories   share of the first step's stories that several processes wrote word for word as one did: they draw with the
+               same random numbers, but batches of other sizes round differently, and a draw at a boundary sends a story
+               another way
 """
 
 import json
@@ -37,16 +38,16 @@ class Args:
     model: Path = Path("artifacts/zeroshot")
     """Model folder made by pattern_learning.py."""
     processes: tuple[int, ...] = (1, 2)
-    """How many to compare; the first is what the others are measured against."""
+    """How many to compare; the first is the baseline for the others."""
     steps: int = 5
     prompts: int = 12
     k: int = 8
     quick: bool = False
-    """RL alone, 2 steps of 4 prompts x 2 samples of up to 60 tokens."""
+    """RL only, 2 steps of 4 prompts x 2 samples of up to 60 tokens."""
 
 
 def launch(processes: int, *command: object) -> str:
-    """What the first of the processes prints."""
+    """What the first process prints."""
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(
@@ -79,7 +80,7 @@ def measure(processes: int, home: Path, args: Args) -> dict[str, float]:
 
 
 def gradients() -> None:
-    """Run by each of the processes: print the median seconds of summing all gradients, for a given number of values."""
+    """Run by each process: print the median seconds to sum all gradients, for a given number of values."""
     from storygen.processes import add_gradients, join
 
     join("cpu")

@@ -1,15 +1,15 @@
-"""How fast does fine-tuning read, beside the Trainer of transformers?
+"""How fast does fine-tuning read, compared with the Trainer of transformers?
 
     python benchmarks/sft.py --data artifacts/data --model artifacts/oneshot [--quick]
 
-All sides take the same optimizer steps on the same formatted rows from the same weights: the loss on outline, story and `<eos>`, AdamW
-at one learning rate, no dropout, same arithmetic and threads, in one process, in turn. `trainer` pads every batch to its longest
-row; `grouped` is the Trainer with batches of like length, which needs an order of its own; ours splits a batch into micro-batches
-of like length and projects response tokens alone. Tokens are those of rows, padding not counted.
+All sides take the same optimizer steps on the same formatted rows from the same weights: loss on outline, story and `<eos>`,
+AdamW at one learning rate, no dropout, same arithmetic and threads, in turn in one process. `trainer` pads every batch to
+its longest row; `grouped` is the Trainer with batches of similar length, which needs its own row order; ours splits a batch
+into micro-batches of similar length and projects only the response tokens. Padding does not count as tokens.
 
 ratio_vs_trainer, ratio_vs_grouped   our tokens/s over theirs, medians over rounds
-peak_gb                              peak memory of this process, all three sides in it
-loss_gap                             largest difference between our loss of a step and `trainer`'s on the same rows
+peak_gb                              peak memory of this process, all three sides included
+loss_gap                             largest difference between our loss and `trainer`'s at the same step, on the same rows
 """
 
 import json
@@ -40,12 +40,12 @@ class Args:
     model: str = "artifacts/oneshot"
     """Model folder made by pattern_learning.py."""
     rows: int = 16
-    """Rows of an optimizer step."""
+    """Rows per optimizer step."""
     steps: int = 10
     rounds: int = 3
     lr: float = 1e-4
     micro_tokens: int = 1536
-    """Tokens of one of our forward and backward passes, padding included."""
+    """Tokens per forward and backward pass of ours, including padding."""
     quick: bool = False
     """3 steps of 6 rows, one round."""
 
@@ -62,7 +62,7 @@ def fresh(args: Args, dtype: torch.dtype = torch.float32):
 
 
 def ours(args: Args, batches: list[Batch], dtype: torch.dtype) -> tuple[float, list[float]]:
-    """Seconds of all steps, and the loss of each, nats a response token."""
+    """Seconds for all steps, and the loss of each, nats per response token."""
     model, tokenizer = fresh(args, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     losses, clock = [], time.perf_counter()
@@ -83,7 +83,7 @@ def ours(args: Args, batches: list[Batch], dtype: torch.dtype) -> tuple[float, l
 
 
 def trainer(args: Args, batches: list[Batch], dtype: torch.dtype, grouped: bool) -> tuple[float, list[float]]:
-    """The same by the Trainer; `grouped`: over the same rows in its own order of like lengths."""
+    """The same with the Trainer; `grouped`: the same rows in its own order, by similar length."""
     from torch.utils.data import SequentialSampler
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 

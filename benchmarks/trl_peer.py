@@ -1,4 +1,4 @@
-"""TRL's GRPO and RLOO trainers on our prompts, pattern and reward: the peer that `vs_trl.py` and `rl_step.py` run beside us."""
+"""TRL's GRPO and RLOO trainers on our prompts, pattern and reward: the peer in `vs_trl.py` and `rl_step.py`."""
 
 import time
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Kind = Literal["grpo", "rloo"]
 
 
 def positions_from_mask(model: PreTrainedModel) -> None:
-    """Give left-padded rows their own positions: GPT-2 counts the padding in otherwise, and its log-probabilities are wrong."""
+    """Give left-padded rows their own positions: otherwise GPT-2 counts the padding, and its log-probabilities are wrong."""
     plain = model.transformer.forward
 
     def forward(*args, position_ids=None, attention_mask=None, **kwargs):
@@ -46,14 +46,15 @@ def run_trl(
     min_new_tokens: int | None = None,
     after_step: Callable[[int, PreTrainedModel], None] = lambda step, model: None,
 ) -> list[dict[str, float]]:
-    """`steps` steps on `prompts`, an equal share of them a step in their order, `k` samples each. Returns what each step took.
+    """Take `steps` steps on `prompts`, an equal share per step, in order, `k` samples each; returns figures per step.
 
-    As in our recipe: `minibatches` optimizer steps on each step's samples, AdamW with our epsilon and betas, constant learning
-    rate after `warmup`, gradient norm 1, no dropout, no gradient checkpointing. What makes the algorithm is TRL's default: loss,
-    advantages, clipping; GRPO's KL coefficient is `beta`, RLOO's is its own. min_new_tokens = max_new_tokens: samples of equal
-    length. dtype: of the arithmetic. `after_step(step, model)` is not in the figures.
+    As in our recipe: `minibatches` optimizer steps on each step's samples, AdamW with our epsilon and betas, constant
+    learning rate after `warmup`, gradient norm 1, no dropout, no gradient checkpointing. The algorithm itself (loss,
+    advantages, clipping) is TRL's default; GRPO's KL coefficient is `beta`, RLOO's is its own. If min_new_tokens =
+    max_new_tokens, samples have equal length. `dtype` is that of the arithmetic. `after_step(step, model)` does not count in
+    the figures.
 
-    Figures of a step: seconds, generate_s, reward_s, tokens (of the responses).
+    Figures per step: seconds, generate_s, reward_s, tokens (of the responses).
     """
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -81,7 +82,7 @@ def run_trl(
         return rewards
 
     class Watch(TrainerCallback):
-        """Times a step from the end of the one before; TRL counts every minibatch as a step."""
+        """Times each step from the end of the previous one; TRL counts every minibatch as a step."""
 
         def on_train_begin(self, args, state, control, **kwargs):
             self.clock = time.perf_counter()

@@ -2,14 +2,15 @@
 
     python benchmarks/vs_trl.py --data artifacts/data --model artifacts/zeroshot [--seeds 0 1 2] [--out FOLDER] [--quick]
 
-All start from the same checkpoint and see the same prompts in the same order, with the same reward (length target fixed at the human
-median), samples a prompt, cap on new tokens, learning rate, optimizer steps and arithmetic; loss, advantages, clipping and KL
-are each one's own. Every `--eval-every` steps the held-out prompts are sampled by our sampler and scored; that is not in the
-times. Writes curves.json to --out after every run, and takes from there what is done already: stopped, it goes on.
+All start from the same checkpoint and see the same prompts in the same order, with the same reward (length target fixed at
+the human median), samples per prompt, cap on new tokens, learning rate, optimizer steps and arithmetic; loss, advantages,
+clipping and KL are each trainer's own. Every `--eval-every` steps the held-out prompts are sampled with our sampler and
+scored, outside the timing. Writes curves.json to --out after every run and skips the runs already in it, so a stopped
+benchmark can be continued.
 
-reward_at_equal_samples_ours, _trl   held-out reward after the last step, mean over seeds; _trl: the better of its trainers
+reward_at_equal_samples_ours, _trl   held-out reward after the last step, mean over seeds; _trl: the better of TRL's trainers
 speedup_to_equal_reward              TRL's minutes to its own highest mean reward over our minutes to the same reward (linear
-                                     between evaluations); null where we never reach it
+                                     between evaluations); null if we never reach it
 """
 
 import json
@@ -24,7 +25,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root's reward.py, not a neighbour of that name
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root's reward.py, not benchmarks/reward.py
 import rl_train
 from benchmarks.rl_step import Ours
 from benchmarks.trl_peer import run_trl
@@ -45,26 +46,26 @@ class Args:
     model: str = "artifacts/zeroshot"
     """Model folder made by pattern_learning.py."""
     out: Path = Path("artifacts/vs_trl")
-    """Where the curves go."""
+    """Folder for the curves."""
     sides: list[str] = field(default_factory=lambda: ["ours", "grpo", "rloo"])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     steps: int = 20
     prompts: int = 8
-    """Prompts a step."""
+    """Prompts per step."""
     k: int = 8
-    """Samples of each."""
+    """Samples per prompt."""
     lr: float = 1.5e-4
     eval_every: int = 5
     eval_prompts: int = 128
     """Validation prompts, one sample each, always with the same seed."""
     max_new_tokens: int | None = None
-    """Cap on a response; default: the context less the longest prompt."""
+    """Cap on a response; default: the context minus the longest prompt."""
     quick: bool = False
     """One seed, two steps of 2 x 4 samples of at most 200 tokens, ours and GRPO."""
 
 
 def run_side(side: str, seed: int, args: Args, reward: Reward) -> list[dict[str, float]]:
-    """One run: a point {step, samples, seconds, reward} before the first step and after every `eval_every`."""
+    """One run: a point {step, samples, seconds, reward} before the first step and after every `eval_every` steps."""
     model, tokenizer = load_model(args.model, "cpu")
     pattern = Pattern(tokenizer)
     fits = [p for p in load_prompts(args.data, "train") if len(pattern.prefix(p)) <= 96]
@@ -121,7 +122,7 @@ def mean_curve(runs: list[list[dict[str, float]]]) -> list[dict[str, float]]:
 
 
 def seconds_to(curve: list[dict[str, float]], reward: float) -> float | None:
-    """When a curve first reaches a reward, linear between its points; None where it never does."""
+    """Seconds until a curve first reaches a reward, linear between its points; None if it never does."""
     for a, b in pairwise(curve):
         if b["reward"] >= reward:
             share = (reward - a["reward"]) / (b["reward"] - a["reward"]) if b["reward"] > a["reward"] else 0.0

@@ -1,11 +1,11 @@
-"""Draws the figures of docs/learning.md from run folders of rl_train.py, and base_model's learning curve from its log.
+"""Draw the figures of docs/learning.md from run folders of rl_train.py, and base_model's learning curve from its log.
 
     python docs/figures.py curves --out docs/advantages.svg loo=runs/loo_0,runs/loo_1 raw=runs/raw_0,runs/raw_1
     python docs/figures.py length --out docs/length.svg runs/long
     python docs/figures.py vs-trl --out docs/vs_trl.svg artifacts/vs_trl/curves.json
     python docs/figures.py pretraining --out docs/pretraining.svg base_model/training_log.jsonl
 
-A line is the mean over a group's runs (seeds), its band one standard error of that mean.
+A line is the mean over a group's runs (seeds); its band is one standard error of that mean.
 """
 
 import json
@@ -37,18 +37,18 @@ SCALARS = {
 
 @dataclass
 class Curves:
-    """Scalars of metrics.jsonl by step, one line a group."""
+    """Scalars of metrics.jsonl by step, one line per group."""
 
     groups: tyro.conf.Positional[tuple[str, ...]]
     """NAME=RUN,RUN,… for each line."""
     out: Path = Path("curves.svg")
     steps: int | None = None
-    """Leave out what came after so many steps."""
+    """Leave out everything after this step."""
 
 
 @dataclass
 class Length:
-    """Length target against what the samples of every step did, and their reward."""
+    """Length target against the length of each step's samples, and their reward."""
 
     run: tyro.conf.Positional[Path]
     out: Path = Path("length.svg")
@@ -75,14 +75,14 @@ def read(run: Path) -> list[dict]:
 
 
 def band(axis, x: np.ndarray, runs: np.ndarray, label: str) -> None:
-    """Mean over runs (runs, points) with its standard error."""
+    """Plot the mean over runs (runs, points) with its standard error."""
     mean, error = runs.mean(0), runs.std(0, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else np.zeros(runs.shape[1])
     (line,) = axis.plot(x, mean, label=label, marker="o" if len(x) < 12 else None, markersize=3)
     axis.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
 def smooth(values: np.ndarray, window: int = 5) -> np.ndarray:
-    """Mean of the last `window` values along the last axis, of fewer at the start."""
+    """Mean of the last `window` values along the last axis, fewer at the start."""
     sums = np.cumsum(values, axis=-1)
     sums[..., window:] = sums[..., window:] - sums[..., :-window]
     return sums / np.minimum(np.arange(1, values.shape[-1] + 1), window)

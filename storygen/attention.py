@@ -1,6 +1,6 @@
-"""Attention of a forward and backward pass by plain matrix products, for processors that multiply bf16.
+"""Attention for forward and backward passes as plain matrix products, for CPUs with bf16 multiplication.
 
-`model.set_attn_implementation(PLAIN)` picks it, as any that transformers' AttentionInterface knows.
+`model.set_attn_implementation(PLAIN)` selects it, like any implementation that transformers' AttentionInterface knows.
 """
 
 import torch
@@ -22,10 +22,10 @@ def attend(
     dropout: float = 0.0,
     **_,
 ) -> tuple[torch.Tensor, None]:
-    """(rows, heads, time, head width) each -> (rows, time, heads, head width); as `eager`, but all in the tensors' own dtype.
+    """(rows, heads, time, head width) each -> (rows, time, heads, head width); like `eager`, all in the tensors' own dtype.
 
-    attention_mask: (rows, 1, time, keys), true where a query sees a key; None: every key up to the query's own place. Autocast
-    would take the softmax to fp32 and back; bf16's is computed in fp32 all the same, but not written so.
+    attention_mask: (rows, 1, time, keys), true where a query sees a key; None: every key up to the query's own position.
+    Autocast would cast the softmax to fp32 and back; a bf16 softmax is computed in fp32 anyway, but not stored in it.
     """
     rows, heads, time, width = query.shape
     keys = key.shape[2]

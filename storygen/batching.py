@@ -1,18 +1,18 @@
-"""Token-budget batches: rows of like length together, so that little of a batch is padding."""
+"""Token-budget batches: rows of similar length together, so that little of a batch is padding."""
 
 import numpy as np
 import torch
 
 
 def token_budget_batches(lengths: list[int], budget: int, generator: np.random.Generator | None = None) -> list[list[int]]:
-    """Row indices in batches of at most `budget` tokens, padding counted (rows x longest row); a longer row stands alone.
+    """Row indices in batches of at most `budget` tokens, padding included (rows x longest row); a longer row stands alone.
 
-    Without a generator the batches come longest first, so that a memory limit shows at once. With one, rows of nearly equal
-    length and then the batches are shuffled: every call is another epoch.
+    Without a generator the batches come longest first, so that running out of memory shows at once. With one, rows of
+    nearly equal length are shuffled, then the batches: every call is a new epoch.
     """
     order = np.argsort(np.array(lengths), kind="stable")[::-1]
     if generator is not None:
-        # Jitter of a few percent: neighbours in length change from epoch to epoch, padding hardly grows.
+        # Jitter of a few percent: neighbours in length change from epoch to epoch, and padding hardly grows.
         order = np.argsort(-np.array(lengths) * generator.uniform(0.95, 1.05, len(lengths)), kind="stable")
     batches: list[list[int]] = []
     longest = 0

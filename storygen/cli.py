@@ -1,4 +1,4 @@
-"""The command line of every script: a dataclass read by tyro, bad input as one line and exit code 2."""
+"""The command line of every script: a dataclass read by tyro, bad input reported in one line with exit code 2."""
 
 import errno
 import fcntl
@@ -15,9 +15,9 @@ from typing import IO, Any
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used. The message is one line: what is wrong, where, and what to do.
+    """User input that cannot be used. The message is one line: what is wrong, where, and what to do.
 
-    one_process: of several processes perhaps only this one has met it, so it has to say so whichever it is.
+    one_process: of several processes perhaps only this one has hit the error, so it must report it whatever its rank.
     """
 
     def __init__(self, message: str, one_process: bool = False) -> None:
@@ -25,12 +25,12 @@ class InputError(Exception):
         self.one_process = one_process
 
 
-# What is said of a write that is refused.
+# The errors of a refused write.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def disk_error(error: Exception) -> str | None:
-    """What the disk has refused, in one line; None for errors of other kinds. Rust's and Arrow's hold its words alone."""
+    """What the disk refused, in one line; None for other errors. Those from Rust and Arrow hold only the message."""
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return os.strerror(error.errno) + (f", {error.filename}" if error.filename else "")
     found = (os.strerror(code) for code in DISK_ERRORS if os.strerror(code).lower() in str(error).lower())
@@ -38,7 +38,7 @@ def disk_error(error: Exception) -> str | None:
 
 
 def lost_process(error: Exception) -> bool:
-    """Whether a run of several processes cannot go on because one of them has gone. gloo's errors have no type of their own."""
+    """Whether a run of several processes cannot go on because one has ended. gloo's errors have no type of their own."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return several and (
         type(error).__name__.startswith("Dist") or "gloo" in str(error) or "Connection closed by peer" in str(error)
@@ -50,14 +50,14 @@ def run(main: Callable[[Any], None], args_type: Any) -> None:
     import tyro
     from transformers.utils import logging
 
-    # What transformers has to say about our inputs, our own errors say in one line; its bars would fight with ours.
+    # Our own errors say in one line what transformers would log about our inputs; its bars would clash with ours.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     args = tyro.cli(args_type, config=(tyro.conf.AvoidSubcommands,))
     try:
         main(args)
     except InputError as error:
-        rank = os.environ.get("RANK", "0")  # torchrun's name for the number of a process
+        rank = os.environ.get("RANK", "0")  # torchrun's variable for the process number
         if rank == "0" or error.one_process:
             print(f"error: {f'process {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr)
         sys.exit(2)
@@ -65,7 +65,7 @@ def run(main: Callable[[Any], None], args_type: Any) -> None:
         print("stopped; nothing half-written was left behind", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of our output (a pager, `head`) has left; Python would complain again while closing stdout.
+        # The reader of our output (a pager, `head`) has exited; Python would complain again while closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
@@ -80,7 +80,7 @@ def run(main: Callable[[Any], None], args_type: Any) -> None:
 
 
 def as_json(value: Any) -> Any:
-    """Dataclasses, paths and tuples as what `json.dumps` takes."""
+    """Dataclasses, paths and tuples as values that `json.dumps` accepts."""
     return json.loads(json.dumps(asdict(value) if is_dataclass(value) else value, default=str))
 
 
@@ -91,7 +91,7 @@ def file_sha256(path: Path) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a crash, sees the old content or the new one and nothing between."""
+    """Write a text file so that a reader, even after a crash, sees the old content or the new, nothing in between."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
     with open(aside, "w", encoding="utf-8") as file:
@@ -102,9 +102,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def put_in_place(aside: Path, target: Path) -> None:
-    """A finished folder takes another's place: whoever looks finds the old one, the new one, or for an instant none.
+    """Replace a folder with a finished one: a reader finds the old one, the new one, or for an instant none.
 
-    Its files are on disk before. Where it cannot be put there, the old one stays.
+    The new files are flushed to disk first. If the folder cannot be moved into place, the old one stays.
     """
     for path in (*aside.rglob("*"), aside):
         flush(path)
@@ -132,14 +132,14 @@ def flush(path: Path) -> None:
 
 
 def claim(out: Path) -> IO[str]:
-    """Keep every other process from writing to an output folder, as long as the file that is returned stays open.
+    """Keep every other process from writing to an output folder for as long as the returned file stays open.
 
-    The lock stands beside the folder, which may be replaced as a whole, and the kernel opens it when this process ends in
-    whatever way. Raises `InputError` with the holder's process id, or where `out` is a file.
+    The lock file is next to the folder, which may be replaced as a whole, and the kernel releases it however this process
+    ends. Raises `InputError` with the holder's process id, or if `out` is a file.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: give another --out, a folder")
-    whole = out.absolute()  # "." has no name to put the lock's beside
+    whole = out.absolute()  # "." has no name to build the lock's from
     whole.parent.mkdir(parents=True, exist_ok=True)
     file = open(whole.with_name(f".{whole.name}.lock"), "a+", encoding="ascii")  # noqa: SIM115  open as long as the run
     try:
@@ -155,14 +155,14 @@ def claim(out: Path) -> IO[str]:
 
 
 def fill(args: Any, recipe: Any) -> None:
-    """Give every field of `args` that the user left at None the value of the preset's recipe."""
+    """Set every field of `args` that the user left at None to the value in the preset's recipe."""
     for name, value in vars(recipe).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 
 
 def check_flags(args: Any, at_least: dict[str, float], above_zero: tuple[str, ...] = ()) -> None:
-    """Raises `InputError` for the first of these flags that is too small, infinite or no number; one that is None stays."""
+    """Raises `InputError` for the first of these flags that is too small, infinite or NaN; None is accepted."""
     bounds = [(name, "at least", bound) for name, bound in at_least.items()] + [(name, "above", 0) for name in above_zero]
     for name, relation, bound in bounds:
         value = getattr(args, name)
@@ -172,7 +172,7 @@ def check_flags(args: Any, at_least: dict[str, float], above_zero: tuple[str, ..
 
 
 def pick_device(device: str) -> str:
-    """ "auto" is the GPU where there is one. Raises `InputError` for a name that is none of these, or a GPU that is not there."""
+    """Resolve "auto": the GPU if there is one. Raises `InputError` for an unknown name, or a GPU that is not there."""
     import torch
 
     if device == "auto":

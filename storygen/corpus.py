@@ -29,7 +29,7 @@ def split_of(prompt: str) -> str:
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of a set's columns; None finds one by its role (prompt; think, outline or plan; story, completion or text).
+    """Names of a dataset's columns; None finds one by its role (prompt; think, outline or plan; story, completion or text).
 
     flags: what the command line puts before "prompt-column", for messages.
     """
@@ -40,7 +40,7 @@ class Columns:
     flags: str = ""
 
     def find(self, names: Iterable[Any], where: str) -> dict[str, str]:
-        """{role: column} for the columns that are there. InputError without a prompt column, or a named one."""
+        """{role: column} for the columns that are there. InputError if the prompt column or a named one is missing."""
         names = [name for name in names if isinstance(name, str)]
         by_lower = {name.strip().lower(): name for name in reversed(names)}
         found = {}
@@ -62,7 +62,7 @@ def read_rows(source: str | Path, columns: Columns = Columns(), dropped: Counter
     """Stream rows {"prompt", "think", "story"} from a file, a folder of files, or "corpus" (the embedded one).
 
     Files: jsonl (also .gz), csv, parquet, a `.wp_source`/`.wp_target` pair (either name, or the prefix before the dot), txt
-    (a prompt a line). A role without a column is None. Rows with a value that is not text are counted in
+    (one prompt per line). A role without a column is None. Rows with a value that is not text are counted in
     `dropped["wrong_type"]`. InputError names file and line of what cannot be read.
     """
     dropped = Counter() if dropped is None else dropped
@@ -96,7 +96,7 @@ def read_hub(
 
     dropped = Counter() if dropped is None else dropped
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it has to say of an error, ours says in one line
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our own error says it in one line
     try:
         commit = HfApi().dataset_info(name, revision=revision, timeout=20).sha or revision
         splits = datasets.load_dataset(name, revision=commit, streaming=True)
@@ -121,7 +121,7 @@ def read_hub(
 
 
 def load_manifest(data_dir: Path | str) -> dict:
-    """The manifest of a data folder. InputError where the folder was not made by data_prep.py."""
+    """The manifest of a data folder. InputError if the folder was not made by data_prep.py."""
     path = Path(data_dir) / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -135,17 +135,17 @@ def load_manifest(data_dir: Path | str) -> dict:
 
 
 def load_sft(data_dir: Path | str, split: str) -> list[dict]:
-    """Rows {prompt, think, story} of one split, in the order of the file. InputError as `load_manifest`."""
+    """Rows {prompt, think, story} of one split, in file order. InputError as for `load_manifest`."""
     return _load(data_dir, "sft.parquet", ["prompt", "think", "story"], split)
 
 
 def load_prompts(data_dir: Path | str, split: str) -> list[str]:
-    """Unique prompts of one split, in the order of the file. InputError as `load_manifest`."""
+    """Unique prompts of one split, in file order. InputError as for `load_manifest`."""
     return [row["prompt"] for row in _load(data_dir, "prompts.parquet", ["prompt"], split)]
 
 
 def spread(rows: Sequence[Item], n: int) -> list[Item]:
-    """`n` of the rows at equal distances, in their order; all where there are fewer. A file's first rows are of one kind."""
+    """`n` evenly spaced rows, in order; all if there are fewer. Not the first n: a file's first rows are of one kind."""
     n = min(n, len(rows))
     return [rows[i * len(rows) // n] for i in range(n)]
 
@@ -171,7 +171,7 @@ def _load(data_dir: Path | str, name: str, columns: list[str], split: str) -> li
 
 
 def _typed(record: dict, found: dict[str, str], dropped: Counter) -> Iterator[dict]:
-    """The record as a row, or nothing and a count where one of its values is not text."""
+    """The record as a row, or nothing and a count in `dropped` if one of its values is not text."""
     row = {role: record[found[role]] if role in found else None for role in ROLES}
     if all(isinstance(row[role], str) for role in found):
         yield row
@@ -186,7 +186,7 @@ def _listed(names: list[str]) -> str:
 def _files(path: Path) -> list[Path]:
     """The files to read for `path`: itself, a pair's source side, or everything known in a folder, in name order.
 
-    Files of bare prompts come last: a run over the first rows (--limit) then has stories.
+    Prompt-only files come last, so that a run over the first rows (--limit) has stories.
     """
     if path.is_dir():
         found = [p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES) and not p.name.startswith(".")]
@@ -242,7 +242,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines. Split on newlines alone: a story may hold U+2028 and its like."""
+    """Numbered lines. Split on newlines alone: a story may hold U+2028 and the like."""
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
@@ -256,7 +256,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _csv_records(path: Path) -> Iterator[tuple[str, dict]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    # Strict: a stray quote would else swallow every row up to the next one.
+    # Strict: otherwise a stray quote would swallow every row up to the next one.
     reader = csv.DictReader((line + "\n" for _, line in _lines(path)), strict=True)
     try:
         for record in reader:

@@ -1,4 +1,4 @@
-"""How varied a set of texts is, and how new beside others: pure functions over tokenised texts."""
+"""How varied a set of texts is, and how new compared with others: pure functions."""
 
 import math
 import random
@@ -9,14 +9,14 @@ import numpy as np
 
 from storygen.textstats import ngrams
 
-SEED_RUN = 3  # words that a copied run must have to be found
+SEED_RUN = 3  # words a copied run needs to be found
 
 
 def distinct(texts: Sequence[Sequence[str]], n: int, size: int | None = None) -> float:
-    """Distinct-n (Li et al. 2016): different n-grams over all n-grams of the texts taken together; 0 where there are none.
+    """Distinct-n (Li et al. 2016): distinct n-grams over all n-grams of the texts taken together; 0 if there are none.
 
-    The plain ratio falls as the texts get longer. With `size` it is that of `size` n-grams drawn without replacement, in
-    expectation (rarefaction, Hurlbert 1971), which compares sets of unequal length; of all of them where there are fewer.
+    The plain ratio falls as the texts get longer. With `size` it is the expected ratio of `size` n-grams drawn without
+    replacement (rarefaction, Hurlbert 1971), which compares sets of unequal length; of all n-grams if there are fewer.
     """
     counts = Counter(gram for text in texts for gram in ngrams(text, n))
     total = counts.total()
@@ -51,10 +51,10 @@ def bleu(hypothesis: Sequence[str], references: Sequence[Sequence[str]], n: int 
 
 
 def self_bleu(texts: Sequence[Sequence[str]], n: int = 4, references: int = 32, seed: int = 0) -> float:
-    """Self-BLEU (Zhu et al. 2018): mean BLEU-n of each text against others of the set; high where all texts are alike.
+    """Self-BLEU (Zhu et al. 2018): mean BLEU-n of each text against others of the set; high if all texts are alike.
 
     It grows with the number of references, so at most `references` others are drawn for each text: compare only values of
-    equal number. Texts of fewer than n words are left out; 0 where fewer than two remain.
+    equal number. Texts of fewer than n words are left out; 0 if fewer than two remain.
     """
     texts = [text for text in texts if len(text) >= n]
     if len(texts) < 2:
@@ -68,11 +68,11 @@ def self_bleu(texts: Sequence[Sequence[str]], n: int = 4, references: int = 32, 
 
 
 class Copies:
-    """Longest runs of words that texts share with given ones, by an index of the given ones' runs of SEED_RUN words."""
+    """Longest runs of words that texts share with given ones, found by an index of the latter's runs of SEED_RUN words."""
 
     def __init__(self, texts: Sequence[Sequence[str]]):
         self.numbers = {word: i for i, word in enumerate(dict.fromkeys(word for text in texts for word in text), start=1)}
-        # 0 after every text, a word that no other text has: runs end there.
+        # 0 after every text, a word that no text contains: runs end there.
         self.words = np.array([n for text in texts for n in (*(self.numbers[word] for word in text), 0)], dtype=np.int64)
         codes = self._codes(self.words)
         self.order = np.argsort(codes, kind="stable")
@@ -85,7 +85,7 @@ class Copies:
         return runs @ ((len(self.numbers) + 2) ** np.arange(SEED_RUN))[::-1]
 
     def longest(self, text: Sequence[str]) -> int:
-        """Words of the longest run that stands in one of the texts too; 0 where it is shorter than SEED_RUN."""
+        """Length in words of the longest run that is also in one of the texts; 0 if shorter than SEED_RUN."""
         unknown = len(self.numbers) + 1
         own = np.array([*(self.numbers.get(word, unknown) for word in text), -1], dtype=np.int64)
         codes = self._codes(own[:-1])[: max(0, len(text) - SEED_RUN + 1)]

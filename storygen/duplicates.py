@@ -1,4 +1,4 @@
-"""Rows that say the same twice: exact copies up to case and punctuation, and near copies that straddle two splits.
+"""Duplicate rows: exact copies up to case and punctuation, and near copies that straddle two splits.
 
 Near copies of prompts are found by an exact set join with prefix filtering (Bayardo et al. 2007), those of stories by
 MinHash (Broder 1997): a story costs 64 bytes of memory, its text is not kept.
@@ -12,8 +12,8 @@ from hashlib import blake2b
 
 import numpy as np
 
-# A prompt matches another from half of its content words on: what two tellings of one idea share ("You sold your soul to
-# the devil ..., I need a favor"). A story matches from half of its five-word runs on.
+# A prompt matches another from half of its content words up: what two tellings of one idea share ("You sold your soul to
+# the devil ..., I need a favor"). A story matches from half of its five-word runs up.
 PROMPT_OVERLAP = 0.5
 STORY_OVERLAP = 0.5
 STORY_BINS = 16
@@ -37,17 +37,17 @@ def words_of(text: str) -> list[str]:
 
 
 def text_key(text: str) -> bytes:
-    """Equal for texts that differ in case, punctuation and white space alone (8 bytes of BLAKE2b)."""
+    """Equal for texts that differ only in case, punctuation and white space (8 bytes of BLAKE2b)."""
     return key_of(words_of(text))
 
 
 def key_of(words: Sequence[str]) -> bytes:
-    """`text_key` of a text whose words are known."""
+    """`text_key` of a text already split into words."""
     return blake2b(" ".join(words).encode(), digest_size=8).digest()
 
 
 def story_sketch(words: Sequence[str]) -> np.ndarray:
-    """(STORY_BINS,) uint32: one-permutation MinHash of the runs of five `words`. Equal bins: the share of runs in common."""
+    """(STORY_BINS,) uint32: one-permutation MinHash of runs of five `words`. Equal bins: the share of runs in common."""
     words = np.fromiter(map(zlib.crc32, map(str.encode, words)), np.uint64, len(words))
     if len(words) < 5:
         words = np.resize(words, 5) if len(words) else np.zeros(5, dtype=np.uint64)
@@ -61,7 +61,7 @@ def story_sketch(words: Sequence[str]) -> np.ndarray:
 
 
 def crossing_stories(sketches: np.ndarray, splits: Sequence[str]) -> set[int]:
-    """Rows of (n, STORY_BINS) `sketches` whose story nearly stands in another split too: the side nearer to training."""
+    """Rows of (n, STORY_BINS) `sketches` whose story has a near copy in another split: the side nearer to training."""
     rank = np.array([RANK[split] for split in splits])
     dropped = set()
     for column in sketches.T:
@@ -80,12 +80,12 @@ def crossing_stories(sketches: np.ndarray, splits: Sequence[str]) -> set[int]:
 
 
 def crossing_prompts(prompts: Sequence[str], splits: Sequence[str]) -> set[int]:
-    """Indices of prompts that nearly stand in another split too: the side nearer to training (test wins over all).
+    """Indices of prompts with a near copy in another split: the side nearer to training (test wins over all).
 
     Two sets that share at least m words share k of them among the n - m + k rarest of each (n words), so only those are
     multiplied out to find candidates; k = 2 leaves few pairs to compare.
     """
-    from scipy.sparse import csr_array  # 0.2 s that the processes which only clean rows are spared
+    from scipy.sparse import csr_array  # 0.2 s, which processes that only clean rows are spared
 
     number: dict[str, int] = {}
     flat, ends = array("i"), [0]
@@ -97,7 +97,7 @@ def crossing_prompts(prompts: Sequence[str], splits: Sequence[str]) -> set[int]:
     owner = np.repeat(np.arange(len(n)), n)
     rank = np.argsort(np.argsort(np.bincount(words), kind="stable"))
     words = rank[words]
-    words = words[np.lexsort((words, owner))]  # each prompt's own, the rarest first
+    words = words[np.lexsort((words, owner))]  # each prompt's own, rarest first
 
     def sets(words: np.ndarray, sizes: np.ndarray) -> csr_array:
         return csr_array((np.ones(len(words), np.int32), words, np.r_[0, np.cumsum(sizes)]), (len(n), len(rank)))

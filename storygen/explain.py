@@ -1,4 +1,4 @@
-"""One scored row as a self-contained HTML page: which story word answered which outline word, and each part beside human rows."""
+"""A scored row as a standalone HTML page: which story word answered which outline word, and each part against human rows."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -23,10 +23,10 @@ def write_page(
     recall_keys: list[str],
     calibration: Calibration,
 ) -> None:
-    """sample, score: a row as the reward takes it and what it gave. recall_keys: names in `score.raw` of the three pairs.
+    """sample, score: a row in the reward's format and its score. recall_keys: names of the three pairs in `score.raw`.
     misplaced: {"think"|"story": `workbench.misplaced`}.
 
-    A malformed row has its texts and the verdict only: nothing else of it is measured.
+    A malformed row has only its texts and the verdict: nothing else is measured.
     """
     formed = score.verdict == "ok"
     ranges = _ranges(score.raw, recall_keys, calibration) if formed else {}
@@ -52,7 +52,7 @@ def write_page(
 
 
 def _runs(text: str, marked: list[tuple[int, str, Answer | None]], odd: dict[int, tuple[str, float]]) -> list[dict]:
-    """The text cut at the marked words. word: the start of one that asks or answers; odd: how far a word belongs, if hardly."""
+    """The text cut at the marked words. word: start of one that asks or answers; odd: how well a misplaced one belongs."""
     runs, at = [], 0
     heaviest = max((a.weight for _, _, a in marked if a), default=1.0)
     places = {start: (word, None, None) for start, (word, _) in odd.items()}
@@ -73,7 +73,7 @@ def _runs(text: str, marked: list[tuple[int, str, Answer | None]], odd: dict[int
 
 
 def _ranges(raw: dict[str, float], recall_keys: list[str], human: Calibration) -> dict[str, dict]:
-    """{part: where this row stands beside the human range, in percent of a track's width, and in words}."""
+    """{part: where this row stands against the human range, in percent of a track's width, and in words}."""
     n = raw["story_words"]
     ranges = {}
     for key, pair in zip(recall_keys, PAIRS, strict=False):

@@ -1,9 +1,9 @@
-"""The sampler's loop for a GPU: every step has the same shapes, so that it can be recorded once and replayed.
+"""The sampler's GPU loop: every step has the same shapes, so that it can be recorded once and replayed.
 
-At GPT-2's size a decode step is some two hundred kernels of a few microseconds each: started one by one from Python they take
-longer to start than to run. A CUDA graph (docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs) starts them in one
-call. What has to be decided for every token (draw, end, position) is therefore decided on the device; the host looks every
-`CHECK` steps which rows have ended, takes them out and puts waiting ones into their slots.
+At GPT-2's size a decode step is some two hundred kernels of a few microseconds each: launched one by one from Python, they
+take longer to launch than to run. A CUDA graph (docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs) launches them in
+one call. Everything decided per token (draw, end, position) is therefore decided on the device; every `CHECK` steps the host
+checks which rows have ended, takes them out and puts waiting ones into their slots.
 """
 
 from collections import deque
@@ -17,11 +17,11 @@ from transformers import GPT2LMHeadModel
 from storygen.decoder import Decoder, draw
 
 CHECK = 16  # a row that has ended idles for half as many steps on average
-BUCKET = 128  # the cache is read up to the longest row, rounded up: one graph for each length
+BUCKET = 128  # the cache is read up to the longest row, rounded up: one graph per length
 
 
 class Slots:
-    """Where every slot of the batch stands, on the device. One `step` draws one token for each slot that is not done."""
+    """The state of every slot of the batch, on the device. Each `step` draws one token for each slot that is not done."""
 
     def __init__(self, decoder: Decoder, slots: int, room: int, eos_id: int, temperature: float, top_p: float):
         self.decoder, self.room, self.eos_id, self.temperature, self.top_p = decoder, room, eos_id, temperature, top_p
@@ -30,15 +30,15 @@ class Slots:
         def zeros(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
             return torch.zeros(slots, *shape, dtype=dtype, device=device)
 
-        self.tokens, self.positions = zeros(), zeros()  # the newest token, not yet in the cache, and its place
-        self.count, self.limit = zeros(), zeros()  # tokens drawn, and how many may be
+        self.tokens, self.positions = zeros(), zeros()  # the newest token, not yet in the cache, and its position
+        self.count, self.limit = zeros(), zeros()  # tokens drawn, and the most that may be
         self.done = zeros(dtype=torch.bool).fill_(True)
-        # One column more than can be drawn: slots that are done write there, or behind their last token.
+        # One column more than can be drawn: slots that are done write there, or after their last token.
         self.ids, self.logps = zeros(room + 1), zeros(room + 1, dtype=torch.float32)
         self.uniforms = zeros(room + 1, dtype=torch.float32)
 
     def step(self, longest: int) -> None:
-        """Slots that are done repeat their last step; nothing is read of what they write."""
+        """Slots that are done repeat their last step; what they write is never read."""
         logits = self.decoder.step(self.tokens, self.positions, longest)
         at = self.count[:, None]
         chosen, logp = draw(logits, self.uniforms.gather(1, at)[:, 0], self.temperature, self.top_p)
@@ -50,7 +50,7 @@ class Slots:
         self.positions.add_((~self.done).long())
 
     def fill(self, slots: list[int], prefixes: list[list[int]], rooms: list[int], uniforms: np.ndarray) -> None:
-        """Put prefixes, whose keys and values but for the last token's are in the cache, into slots."""
+        """Put prefixes into slots; their keys and values, except the last token's, are already in the cache."""
         at = torch.tensor(slots, device=self.tokens.device)
         for state, values in (
             (self.tokens, [prefix[-1] for prefix in prefixes]),
@@ -70,14 +70,14 @@ class Slots:
 
 
 class Replay:
-    """`step(longest)` through a CUDA graph of its own for every `longest`.
+    """Runs `step(longest)` through a CUDA graph, one for each `longest`.
 
-    A length's first step runs as it stands, and warms up what its kernels need; the second is recorded.
+    A length's first step runs directly, to warm up what its kernels need; the second is recorded.
     """
 
     def __init__(self, step: Callable[[int], None]):
         self.step = step
-        self.pool = torch.cuda.graph_pool_handle()  # one for all: they never run at once, and what they keep is the slots'
+        self.pool = torch.cuda.graph_pool_handle()  # shared: graphs never run at once, and what they keep is in the slots
         self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
 
     def __call__(self, longest: int) -> None:
@@ -87,7 +87,7 @@ class Replay:
             return
         if self.graphs[longest] is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):  # records, and runs nothing
+            with torch.cuda.graph(graph, pool=self.pool):  # records, does not run
                 self.step(longest)
             self.graphs[longest] = graph
         self.graphs[longest].replay()
@@ -108,9 +108,9 @@ def sample_rows(
     dtype: torch.dtype,
     bar: tqdm,
 ) -> dict[tuple[int, int], tuple[list[int], list[float]]]:
-    """(ids, logps) of every job (prompt, completion); `rooms`: most tokens of each prompt's completions.
+    """(ids, logps) of every job (prompt, completion); `rooms`: token limit of each prompt's completions.
 
-    uniforms(prompt, completion): the numbers (its prompt's room,) that a completion is drawn with. On a processor the same
+    uniforms(prompt, completion): the numbers (its prompt's room,) that a completion is drawn with. On a CPU the same
     steps run without graphs.
     """
     length, room = max(len(p) + r for p, r in zip(prefixes, rooms, strict=True)), max(rooms)
@@ -119,8 +119,8 @@ def sample_rows(
     state = Slots(decoder, slots, room, eos_id, temperature, top_p)
     step = Replay(state.step) if model.device.type == "cuda" else state.step
     waiting, drawn = deque(jobs), {}
-    running: dict[int, tuple[int, int]] = {}  # of each slot in use
-    reached: dict[int, int] = {}  # a bound on its position, so that the host need not ask
+    running: dict[int, tuple[int, int]] = {}  # the job of each slot in use
+    reached: dict[int, int] = {}  # a bound on its position, so the host need not ask
     while waiting or running:
         fresh = {slot: waiting.popleft() for slot in range(slots) if slot not in running and waiting}
         of_prompt: dict[int, list[int]] = {}

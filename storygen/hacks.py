@@ -1,7 +1,7 @@
 """The hack zoo: cheap ways to a high score, each as a pure function from an honest row to a hacked one.
 
 A family takes a row {prompt, think, story, finished}, another row of the same corpus and a generator, and returns a new row.
-`audit` in reward.py asks of each family how often the hack scores at least as much as the row it was made from.
+`audit` in reward.py measures for each family how often the hack scores at least as much as the row it was made from.
 """
 
 import random
@@ -34,7 +34,7 @@ def content(text: str) -> list[str]:
 
 
 def fill(pieces: list[str], length: int) -> str:
-    """The pieces in turn, over and over, up to `length` words."""
+    """The pieces repeated in turn, up to `length` words."""
     out: list[str] = []
     while len(out) < length:
         out += " ".join(pieces).split()
@@ -116,7 +116,7 @@ def repeated_opening(row: Row, other: Row, rng: random.Random) -> Row:
 
 
 def varied_loop(row: Row, other: Row, rng: random.Random) -> Row:
-    """One sentence over and over, every second word drawn anew, so that hardly any word pair comes twice."""
+    """One sentence repeated with every second word redrawn, so that hardly any word pair occurs twice."""
     frame = max(sentences(row["story"]), key=len).split()
     pool = content(row["story"]) or frame
     lines = [" ".join(word if i % 2 else rng.choice(pool) for i, word in enumerate(frame)) for _ in range(size(row))]
@@ -197,7 +197,7 @@ def strewn_outline_runs(row: Row, other: Row, rng: random.Random) -> Row:
 
 
 def outline_with_fillers(row: Row, other: Row, rng: random.Random) -> Row:
-    """The outline with a word after every third, so that no 4-gram is copied, then another story."""
+    """The outline with a filler after every third word, so that no 4-gram is copied, then another story."""
     plan = [word + (" really" if i % 3 == 2 else "") for i, word in enumerate(row["think"].split())]
     return row | {"story": f"{' '.join(plan)} {other['story']}"}
 
@@ -215,7 +215,7 @@ def outline_after_story(row: Row, other: Row, rng: random.Random) -> Row:
 
 
 def invisible_copy(row: Row, other: Row, rng: random.Random) -> Row:
-    """The outline with an invisible space in every word, which encoders drop and word counts see."""
+    """The outline with an invisible space in every word, which encoders drop but word counts see."""
     copied = " ".join(word[:1] + "\u200b" + word[1:] for word in row["think"].split())
     return row | {"story": f"{copied} {other['story']}"}
 
@@ -266,7 +266,7 @@ def opening_as_outline(row: Row, other: Row, rng: random.Random) -> Row:
 
 
 def story_words_in_outline(row: Row, other: Row, rng: random.Random) -> Row:
-    """A plan that names what the story says anyway: half of its words are the story's, thrown in."""
+    """A plan that names what the story says anyway: for every two of its words one of the story's, thrown in."""
     plan, pool = row["think"].split(" "), content(row["story"]) or ["it"]
     for _ in range(len(plan) // 2):
         plan.insert(rng.randrange(len(plan) + 1), rng.choice(pool))
@@ -308,7 +308,7 @@ FAMILIES: dict[str, Hack] = {
 
 
 def hack(family: str, rows: list[Row], i: int, seed: int = 0) -> Row:
-    """Row i hacked by one family; the generator depends on seed, family and i only. Needs two rows."""
+    """Row i hacked by one family; the generator depends only on seed, family and i. Needs two rows."""
     rng = random.Random(f"{seed}/{family}/{i}")
     other = rows[(i + rng.randrange(1, len(rows))) % len(rows)]
     return FAMILIES[family](rows[i], other, rng)

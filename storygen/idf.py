@@ -19,9 +19,9 @@ from storygen.cli import InputError
 from storygen.workers import Item, Result, batches
 
 BATCH = 4096  # texts
-GROUP = 512  # pieces that are encoded as one text
-ROWS = 128  # texts whose tokens are marked in one table: it stays in the processor's cache, and counts fit a byte
-MOST_PIECES = 500_000  # whose ids are remembered: 0.2 GB
+GROUP = 512  # pieces encoded as one text
+ROWS = 128  # texts whose tokens are marked in one table: it stays in the CPU's cache, and counts fit a byte
+MOST_PIECES = 500_000  # pieces whose ids are remembered: 0.2 GB
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Idf:
     fingerprint: str
 
     def capped(self, percentile: float) -> np.ndarray:
-        """The weights, none above the given percentile (0 to 100) of the idf over all (document, token) incidences.
+        """The weights, capped at the given percentile (0 to 100) of the idf over all (document, token) incidences.
 
-        Over incidences and not over the vocabulary: in a small corpus most of the vocabulary was never seen and a
+        Over incidences rather than the vocabulary: in a small corpus most of the vocabulary was never seen, and a
         percentile of the table would be its own maximum.
         """
         order = np.argsort(self.weights)
@@ -59,7 +59,7 @@ class Idf:
 
     @staticmethod
     def load(path: Path | str, tokenizer) -> "Idf":
-        """Read a table; InputError where the file is missing, torn, or was counted with another tokenizer."""
+        """Read a table; InputError if the file is missing, damaged, or was counted with another tokenizer."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 idf = Idf(file["weights"], file["df"], int(file["documents"]), str(file["fingerprint"]))
@@ -73,7 +73,7 @@ class Idf:
 
 
 def build_idf(tokenizer, texts: Iterable[str], progress_total: int | None = None) -> Idf:
-    """Count document frequencies over `texts`, read once, one batch in memory, no text cut at the encoder's window.
+    """Count document frequencies over `texts`, read once, two batches in memory, no text cut at the encoder's window.
 
     tokenizer: a fast Hugging Face tokenizer. progress_total: number of texts, to show a progress bar.
     """
@@ -101,7 +101,7 @@ def build_idf(tokenizer, texts: Iterable[str], progress_total: int | None = None
 
 
 def one_ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
-    """Every item with `work` of it, that of the next one under way in a thread."""
+    """Yield every item with `work(item)`, while a thread works on the next one."""
     with ThreadPoolExecutor(1) as thread:
         waiting = None
         for item in items:
@@ -114,23 +114,23 @@ def one_ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator
 
 
 def cut_at_blanks(texts: list[str]) -> tuple[pa.DictionaryArray, np.ndarray]:
-    """The pieces of all texts, one after the other, and (texts + 1,) where those of each begin and end.
+    """The pieces of all texts, one after the other, and the (texts + 1,) offsets where each text's begin and end.
 
-    Arrow needs half of the time of `split` and a `dict`, and not Python's lock. Not cut at all white space: some of what Python
-    takes for it are control characters to BERT, which joins around them.
+    Arrow needs half the time of `split` and a `dict`, and not the GIL. Not cut at all white space: some of what Python
+    takes for white space are control characters to BERT, which joins around them.
     """
     cut = pc.split_pattern(pc.replace_substring(pa.array(texts, pa.large_string()), "\n", " "), " ")
     return cut.values.dictionary_encode(), cut.offsets.to_numpy()
 
 
 def count_whole(tokens: Tokenizer, vocabulary: int, texts: list[str]) -> np.ndarray:
-    """(vocab,): in how many of `texts` every token stands."""
+    """(vocab,): how many of `texts` hold each token."""
     coded = tokens.encode_batch_fast(texts, add_special_tokens=False)
     return np.bincount(np.concatenate([np.unique(np.array(one.ids, dtype=np.int64)) for one in coded]), minlength=vocabulary)
 
 
 def mark_of(tokens: Tokenizer) -> str | None:
-    """A special token that may stand between pieces, where a text's ids are those of its pieces between blanks, one after
+    """A special token that may stand between pieces, if a text's ids are those of its blank-separated pieces, one after
     the other: with BERT's own tokenizers. None with all others."""
     parts = json.loads(tokens.to_str())
     normalizer, pre_tokenizer = parts["normalizer"] or {}, parts["pre_tokenizer"] or {}
@@ -140,7 +140,7 @@ def mark_of(tokens: Tokenizer) -> str | None:
 
 
 class Pieces(dict[str, int]):
-    """Counts tokens as `count_whole`, but encodes each distinct piece between blanks once: prose is made of few of them.
+    """Counts tokens like `count_whole`, but encodes each distinct blank-separated piece once: prose has few of them.
 
     Maps a piece to its number; the ids of piece n are `ids[starts[n] : starts[n + 1]]`.
     """
@@ -179,7 +179,7 @@ class Pieces(dict[str, int]):
             own = numbers[bounds[0] : bounds[-1]]
             size = sizes[own]
             text_of = np.repeat(np.repeat(np.arange(len(bounds) - 1), np.diff(bounds)), size)
-            # Where its ids stand: those of a piece are neighbours.
+            # Where its ids are: those of a piece are contiguous.
             place = np.arange(len(text_of)) + np.repeat(first[own] - np.cumsum(size) + size, size)
             seen = np.zeros((len(bounds) - 1, self.vocabulary), dtype=np.uint8)
             seen[text_of, self.ids[place]] = 1
@@ -187,12 +187,12 @@ class Pieces(dict[str, int]):
         return held
 
     def encode_fresh(self) -> None:
-        """Many pieces in one call, a mark behind each of them: a call of its own costs more than a piece's encoding."""
+        """Encode many pieces in one call, a mark after each: a separate call costs more than encoding a piece."""
         texts = ["".join(f"{piece} {self.mark} " for piece in group) for group in batches(self.fresh, GROUP)]
         coded = self.tokens.encode_batch_fast(texts, add_special_tokens=False)
         ids = np.array(list(chain.from_iterable(one.ids for one in coded)), dtype=np.int64)
         marks = np.flatnonzero(ids == self.tokens.token_to_id(self.mark))
-        ends = marks - np.arange(len(marks))  # among the ids that are no marks
+        ends = marks - np.arange(len(marks))  # counted among the ids that are not marks
         self.starts = np.concatenate([self.starts, self.starts[-1] + ends])
         self.ids = np.concatenate([self.ids, np.delete(ids, marks)])
         self.fresh = []

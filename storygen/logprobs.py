@@ -29,10 +29,10 @@ def autocast(device: str | torch.device, dtype: torch.dtype) -> AbstractContextM
 
 
 def cast_once() -> torch.autocast:
-    """Around a function of passes between two updates, all with gradients or all without: a weight is cast in the first, not in each.
+    """Wraps the passes between two updates, all with gradients or all without: weights are cast in the first, not in each.
 
-    PyTorch keeps the casts of weights that may have gradients until the outermost autocast context ends, on whatever device, and
-    be it switched off.
+    PyTorch caches the casts of weights that require gradients until the outermost autocast context ends, whatever its device
+    and even if it is disabled.
     """
     return torch.autocast("cpu", enabled=False)
 
@@ -41,8 +41,8 @@ class _TokenLogps(torch.autograd.Function):
     """Log-probabilities (tokens,) of `targets` under softmax(hidden @ table.T / temperature), products in `dtype`.
 
     The backward pass turns the softmax into the logits' gradient in place, so that of the (tokens, vocabulary) matrices, far
-    larger than anything else here, one exists at a time, and it is passed over as seldom as can be. keep: the forward pass
-    leaves its matrix for the backward pass, which else makes the logits again.
+    larger than anything else here, at most one is kept and a second exists for a moment. keep: the forward pass saves
+    its matrix for the backward pass, which otherwise recomputes the logits.
     """
 
     @staticmethod
@@ -79,12 +79,11 @@ def response_logps(
     vocabulary: int | None = None,
     chunk: int = LOGITS_CHUNK,
 ) -> torch.Tensor:
-    """Log-probability of every response token, (tokens,), in nats, under the law that `sample` draws from.
+    """Log-probability of every response token, (tokens,), in nats, under the distribution that `sample` draws from.
 
-    Row i's response is `rows[i][starts[i]:]`; responses stand one after the other, without padding. The projection to the
-    vocabulary runs over response positions only, `chunk` of them at a time, and again in the backward pass where there is more
-    than one chunk: no more of the (tokens, vocabulary) matrix ever exists. vocabulary: as for `sample`, rows beyond it are left
-    out.
+    Row i's response is `rows[i][starts[i]:]`; responses are concatenated without padding. The projection to the vocabulary
+    runs over response positions only, `chunk` at a time, and again in the backward pass if there is more than one chunk: no
+    more of the (tokens, vocabulary) matrix ever exists. vocabulary: as for `sample`, rows beyond it are left out.
     """
     device = model.device
     ids = pad_right(rows, pad_id, device)
@@ -92,8 +91,8 @@ def response_logps(
     place = torch.tensor([t for r, row in enumerate(rows) for t in range(starts[r], len(row))], device=device)
     table = model.get_output_embeddings().weight[:vocabulary]
     with autocast(device, dtype):
-        # A mask of ones: padding stands on the right, where causal attention never looks from a real token, and a plain
-        # causal mask keeps the fast attention kernel.
+        # A mask of ones: padding is on the right, where a real token's causal attention never looks, and a plain causal
+        # mask keeps the fast attention kernel.
         outputs = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     hidden, targets = outputs.last_hidden_state[row_of, place - 1], ids[row_of, place]
     keep = torch.is_grad_enabled() and len(targets) <= chunk
@@ -103,7 +102,7 @@ def response_logps(
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, ids: list[int], pad_id: int) -> None:
-    """Raises `InputError` where `response_logps` is not what the model's own logits say: some scale, cap or shift them."""
+    """Raises `InputError` if `response_logps` disagrees with the model's logits: some models scale, cap or shift them."""
     ids = ids[:64]
     ours = response_logps(model, [ids], [1], pad_id)
     own = model(torch.tensor([ids], device=model.device)).logits[0, :-1].float().log_softmax(-1)
@@ -121,10 +120,10 @@ def check_forward(
     """What must hold before RL's first update, measured in fp32 on a few rows.
 
     padding      largest difference between padded and unpadded log-probabilities, nats
-    kl           KL of the model to the reference it starts from, nats per token: not 0 where dropout is on
-    micro_batch  relative difference of the gradients from one batch and from single rows
+    kl           KL of the model to the reference it starts from, nats per token: not 0 if dropout is on
+    micro_batch  relative difference between the gradients from one batch and from single rows
 
-    Raises `InputError` where one is beyond its limit.
+    Raises `InputError` if one exceeds its limit.
     """
 
     def logps_of(policy: PreTrainedModel, picked: slice) -> torch.Tensor:

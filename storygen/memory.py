@@ -1,6 +1,6 @@
-"""What a run will hold in memory at its peak, and how large its batches may be so that it fits.
+"""A run's peak memory, and how large its batches may be to fit.
 
-Counted, not measured, from the model's shape; all figures in bytes. docs/performance.md holds the counts against measured peaks.
+`plan` computes it from the model's shape, in bytes; `peak_memory` measures it. docs/performance.md compares the two.
 """
 
 import ctypes
@@ -22,14 +22,14 @@ from storygen.cli import InputError
 from storygen.logprobs import LOGITS_CHUNK
 
 Result = TypeVar("Result")
-MARGIN = 0.9  # share of what is free that may be planned for: allocators keep a little more than is asked for
+MARGIN = 0.9  # share of the free memory to plan for: allocators keep a little more than is asked for
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 REWARD = int(0.4e9)  # encoder, its batch of texts, chance panels
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a GPT-like model: parameters (tied ones once), tokens of the vocabulary, layers, width, heads, context."""
+    """Shape of a GPT-like model: parameters (tied ones once), vocabulary size, layers, width, heads, context."""
 
     parameters: int
     vocabulary: int
@@ -51,7 +51,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """rows: sampled at once; micro_tokens: of one forward and backward pass; held: what for, and how much; available: bytes."""
+    """rows: sampled at once; micro_tokens: per forward and backward pass; held: bytes by purpose; available: bytes."""
 
     rows: int
     micro_tokens: int
@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Sampling and update never hold theirs at once."""
+        """Sampling and update never hold their memory at the same time."""
         return self.held["weights and AdamW"] + self.held["reward"] + max(self.held["sampling"], self.held["update"])
 
     def __str__(self) -> str:
@@ -72,11 +72,11 @@ class Plan:
 
 
 def activations(shape: Shape, tokens: int, longest: int, attention: str) -> int:
-    """Kept from the forward for the backward pass of `tokens` tokens, padding included, in rows of at most `longest`.
+    """Kept from the forward for the backward pass over `tokens` tokens, padding included, in rows of at most `longest`.
 
-    A GPT-2 block keeps 16 values of the width a token in fp32 and not much fewer under autocast: inputs and outputs of two
-    norms and of the residual sums, queries, keys and values, the attention's output, and twice the fourfold inner width.
-    Attention by plain products also keeps the weights of every head, in bf16.
+    A GPT-2 block keeps 16 vectors of the model's width per token in fp32 and not many fewer under autocast: inputs and
+    outputs of two norms and of the residual sums, queries, keys and values, the attention's output, and twice the fourfold
+    inner width. Attention by plain products also keeps the weights of every head, in bf16.
     """
     weights = 2 * shape.heads * longest if attention == PLAIN else 0
     return tokens * shape.layers * (64 * shape.width + weights)
@@ -85,14 +85,14 @@ def activations(shape: Shape, tokens: int, longest: int, attention: str) -> int:
 def plan(
     shape: Shape, *, rl: bool, rows: int, micro_tokens: int, dtype: torch.dtype, on_cpu: bool, attention: str, available: int
 ) -> Plan:
-    """For training with AdamW, sampling in between, and in RL (`rl`) a frozen reference and the reward beside it.
+    """For training with AdamW and sampling in between, plus a frozen reference and the reward in RL (`rl`).
 
-    `rows` and `micro_tokens`: what would be best. Both are halved until they fit, micro_tokens down to a single row that fills
-    the context. Raises `InputError` where that is not enough.
+    `rows` and `micro_tokens` are the preferred sizes. Both are halved until they fit, micro_tokens down to a single row that
+    fills the context. Raises `InputError` if that is not enough.
     """
     half = 2 if dtype == torch.bfloat16 else 4
     fixed = {"weights and AdamW": (4 + 8 + 4 * rl) * shape.parameters, "reward": REWARD * rl}
-    cell = 2 * shape.layers * shape.width * (4 if on_cpu else half)  # keys and values of a token; a processor's are fp32
+    cell = 2 * shape.layers * shape.width * (4 if on_cpu else half)  # keys and values of a token; fp32 on a CPU
 
     def held(rows: int, micro_tokens: int) -> Plan:
         copies = half * (shape.parameters + shape.vocabulary * shape.width)  # the sampler's weights and its own head
@@ -121,9 +121,9 @@ def plan(
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep large blocks that were freed for the next ones, not give each back and be given it anew, page by page.
+    """Let glibc reuse large freed blocks instead of returning each to the system and getting it back page by page.
 
-    A tenth of an update on a processor. Without effect where the C library is another.
+    Saves a tenth of an update on a CPU. No effect with another C library.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -135,29 +135,29 @@ def keep_freed_memory() -> None:
 
 
 def free_memory(device: str | torch.device) -> int:
-    """Bytes that this process may take on a device."""
+    """Bytes that this process may use on a device."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = min([psutil.virtual_memory().available, *free_in_container()])
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes here
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes on this machine
 
 
 def free_in_container(cgroup: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Bytes left under a container's own limit, which the machine's figures do not know of: one value, or none where none is set."""
-    second = (cgroup, "memory.max", "memory.current", "inactive_file")  # version of the kernel's interface
+    """Bytes left under a container's own limit, which the machine's figures ignore: one value, or none without a limit."""
+    second = (cgroup, "memory.max", "memory.current", "inactive_file")  # version of the cgroup interface
     first = (cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     for folder, limit, used, cache in (second, first):
         try:
             most, taken = int((folder / limit).read_text()), int((folder / used).read_text())
             counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            return [max(0, most - taken + int(counts[cache]))]  # pages of files that nobody reads go when memory is short
+            return [max(0, most - taken + int(counts[cache]))]  # the kernel drops inactive file pages when memory is short
         except (OSError, ValueError, KeyError):  # not there, or "max": no limit
             continue
     return []
 
 
 def peak_memory(device: str | torch.device = "cpu") -> float:
-    """GB that this process has held at most so far: of the GPU, by its allocator, or else of the machine's memory."""
+    """Most GB that this process has held so far: of GPU memory, by its allocator, or else of the machine's memory."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 1e9
     status = Path("/proc/self/status")
@@ -167,9 +167,9 @@ def peak_memory(device: str | torch.device = "cpu") -> float:
 
 
 def halve_until_it_fits(settings: Any, name: str, least: int, work: Callable[[int], Result]) -> Result:
-    """`work(settings.NAME)`; where that runs out of memory the setting is halved, for good, and the same work is done again.
+    """`work(settings.NAME)`; if it runs out of memory, the setting is halved for good and the same work is done again.
 
-    `least`: where halving stops to help; then an `InputError` says so.
+    `least`: the size at which halving stops helping; running out of memory there raises `InputError`.
     """
     while True:
         size = getattr(settings, name)
@@ -178,7 +178,7 @@ def halve_until_it_fits(settings: Any, name: str, least: int, work: Callable[[in
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-        # Past the handler: the error's traceback would hold on to the tensors of the work that failed.
+        # Outside the handler, where the error's traceback would keep the failed work's tensors alive.
         if size <= least:
             raise InputError(
                 f"out of memory at --{name.replace('_', '-')} {size}, the least there is: take a smaller model",
@@ -192,5 +192,5 @@ def halve_until_it_fits(settings: Any, name: str, least: int, work: Callable[[in
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """The GPU's allocator has its own error; the processor's is told by its words."""
+    """The GPU allocator has its own error type; the CPU allocator's is recognised by its message."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

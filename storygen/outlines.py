@@ -25,10 +25,10 @@ REFUSAL = re.compile(
 
 @dataclass(frozen=True)
 class Teacher:
-    """Where to ask and how. The API key comes from OPENAI_API_KEY alone and is written nowhere.
+    """Where to ask and how. The API key comes only from OPENAI_API_KEY and is never written anywhere.
 
     url: base of the endpoint, up to `/v1`. template: the question, with `{prompt}` and `{story}` in it. cache: jsonl file of
-    answers, appended to. concurrency: requests under way at once. retries: the client's, with backoff. timeout: seconds.
+    answers, appended to. concurrency: requests in flight at once. retries: the client's, with backoff. timeout: seconds.
     """
 
     url: str
@@ -40,20 +40,20 @@ class Teacher:
     timeout: float = 120.0
 
     def key(self, row: dict) -> str:
-        """What an answer depends on, hashed: the same row is never paid for twice, a changed question is asked again."""
+        """Hash of all that an answer depends on: the same row is never paid for twice, a changed question is asked again."""
         parts = [self.template, row["prompt"], row["story"], self.model]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def question(self, row: dict) -> str:
-        """The template filled in one pass: a story that holds "{prompt}" stays as it is."""
+        """The template filled in one pass: a story that contains "{prompt}" stays as it is."""
         return re.sub(r"\{(prompt|story)\}", lambda match: row[match[1]], self.template)
 
 
 def ask(rows: list[dict], teacher: Teacher, progress: Callable[[], None] = lambda: None) -> tuple[list[str | None], Counter]:
     """(outline of each row or None, counts of `from_cache` and of why outlines are missing) for rows {prompt, story}.
 
-    Every answer is on disk before the next is waited for, so a stopped run goes on where it was. `progress` is called once
-    a row. InputError for a missing client, a wrong key or model, and an endpoint that answers nothing.
+    Every answer is on disk before the next is awaited, so a stopped run resumes where it was. `progress` is called once per
+    row. Raises `InputError` for a missing client, a wrong key or model, or an endpoint that answers nothing.
     """
     try:
         import openai
@@ -153,7 +153,7 @@ def _runs(words: list[str]) -> list[tuple[str, ...]]:
 
 
 def _read_cache(path: Path) -> dict[str, str]:
-    """Answers by key. A line torn by a kill is skipped: its row is asked again."""
+    """Answers by key. A line cut short by a kill is skipped: its row is asked again."""
     answers = {}
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):

@@ -8,9 +8,9 @@
       {story}
     <eos>
 
-Five tokens are added to the base tokenizer: the four tags, and the line break with its indent. The last one is an ordinary
+Five tokens are added to the base tokenizer: the four tags, and the line break with its indent. The latter is an ordinary
 token, not a special one. Without it a byte-level BPE would split "\\n  Once" as "\\n ", " Once", so a text that ends in the
-open indent (as every generation prompt does) would end in pieces that no training row ever held.
+open indent (as every generation prompt does) would end in pieces that no training row ever contained.
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ from storygen.cli import InputError
 PROMPT, THINK, STORY, EOS = TAGS = ("<prompt>", "<think>", "<story>", "<eos>")
 INDENT = "\n  "
 
-# A user message becomes the text up to where the outline starts. Tags inside the message are broken up, for a chat template
-# is tokenised as one text and could not tell them from ours.
+# A user message becomes the text up to where the outline starts. Tags inside the message are broken up because a chat
+# template is tokenised as one text, in which they would look like ours.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "{% set text = message['content'] | trim"
@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Parsed:
-    """A response taken apart. `verdict` is "ok" or the first reason why the grammar refuses it."""
+    """A response taken apart. `verdict` is "ok" or the first reason why the grammar rejects it."""
 
     think: str
     story: str
@@ -66,12 +66,12 @@ def text_verdict(think: str, story: str, finished: bool) -> str:
 
 
 def add_pattern_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int = 64) -> None:
-    """Teach a base model's vocabulary the pattern's tokens, in place. Does nothing where they are there already.
+    """Add the pattern's tokens to a base model's vocabulary, in place. Does nothing if they are already there.
 
-    Rows of new tokens start at the mean of the rows of their plain-text pieces (`<eos>` at the base's end-of-text row):
-    random rows on tied embeddings dominate the softmax. The vocabulary grows to a multiple of `pad_to_multiple_of` for the
-    matrix units; the spare rows, and the padding, start at the row that the base finds least likely. At the mean of all rows
-    some sixty of them together come up once in a dozen stories, and few steps of fine-tuning do not unlearn it.
+    A new token's row starts at the mean of the rows of its plain-text pieces (`<eos>` at the base's end-of-text row): random
+    rows on tied embeddings dominate the softmax. The vocabulary grows to a multiple of `pad_to_multiple_of` for the matrix
+    units; the spare rows, and the padding, start at the row that the base finds least likely. Started at the mean of all
+    rows, some sixty of them together come up once in a dozen stories, and a few steps of fine-tuning do not unlearn it.
     """
     if all(tag in tokenizer.get_vocab() for tag in (*TAGS, INDENT)):
         return
@@ -91,11 +91,11 @@ def add_pattern_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
     model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False)
     with torch.no_grad():
-        # The first tokens of a vocabulary, in a row, are no text, but any states show which tokens never follow.
+        # The vocabulary's first tokens in a row are not text, but any hidden states show which tokens never follow.
         states = model.base_model(torch.arange(min(old_size, context_length(model)), device=model.device)[None])
         mean_state = states.last_hidden_state[0].mean(0)
         unlikely = int((model.get_output_embeddings().weight[:old_size] @ mean_state).argmin())
-        # One matrix where input and output embeddings are tied, two where they are not.
+        # One matrix if input and output embeddings are tied, two otherwise.
         tables = {t.weight.data_ptr(): t.weight for t in (model.get_input_embeddings(), model.get_output_embeddings())}
         for table in tables.values():
             base_rows = table[:old_size].clone()
@@ -113,7 +113,7 @@ def add_pattern_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """The most tokens that prompt and response may have together."""
+    """The most tokens that a prompt and its response may have together."""
     return model.config.max_position_embeddings
 
 
@@ -153,7 +153,7 @@ class Pattern:
         return [*prefix, *self.encode(think)[1:], self.story_id, *self.encode(story), self.eos_id], len(prefix)
 
     def fit(self, prompt: str, think: str, story: str, limit: int) -> tuple[list[int], int] | None:
-        """`row` in at most `limit` tokens: the story loses sentences from its end; None where over half would go."""
+        """`row` in at most `limit` tokens: sentences are cut from the story's end; None if over half of it would go."""
         ids, start = self.row(prompt, think, story)
         if len(ids) <= limit:
             return ids, start
@@ -167,7 +167,7 @@ class Pattern:
         return None
 
     def paragraph(self, ids: list[int]) -> int:
-        """Where the first line of a section's ids begins, with its break and indent; 0 where none does."""
+        """Index where the first line of a section's ids begins, with its break and indent; 0 if none does."""
         indent_id = self.tokenizer.convert_tokens_to_ids(INDENT)
         return ids.index(indent_id) if indent_id in ids else 0
 
@@ -177,7 +177,7 @@ class Pattern:
         return text.replace(INDENT, "\n").strip()
 
     def parse(self, response: list[int]) -> Parsed:
-        """Take apart the ids that follow `prefix`, at the tags' own ids; a tag spelled out in a section's text makes it malformed."""
+        """Split the ids after `prefix` at the tags' own ids; a tag spelled out in a section's text makes it malformed."""
         finished = self.eos_id in response
         end = response.index(self.eos_id) if finished else len(response)
         body = response[:end]

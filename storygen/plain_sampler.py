@@ -1,7 +1,7 @@
-"""Sampling from any causal model, through transformers' own forward pass and cache: as exact as the sampler's own, and slower.
+"""Sampling from any causal model, with transformers' own forward pass and cache: as exact as the sampler's, but slower.
 
-Rows go together whose prompts have the same number of tokens, so that nothing is padded: what a model does with padding, and
-how it counts positions, is its own affair.
+Only rows whose prompts have the same number of tokens share a batch, so that nothing is padded: what a model does with
+padding, and how it counts positions, is its own affair.
 """
 
 from collections.abc import Callable
@@ -32,9 +32,9 @@ def sample_rows(
     bar: tqdm,
     on_token: Callable[[int, int, int], None] | None = None,
 ) -> dict[tuple[int, int], tuple[list[int], list[float]]]:
-    """(ids, logps) of every job (prompt, completion), at most `slots` at once; `rooms`: most tokens of each prompt's completions.
+    """(ids, logps) of every job (prompt, completion), at most `slots` at once; `rooms`: most new tokens by prompt.
 
-    uniforms(prompt, completion): the numbers (its prompt's room,) that a completion is drawn with.
+    uniforms(prompt, completion): the random numbers (its prompt's room,) a completion is drawn with.
     """
     of_length: dict[int, list[tuple[int, int]]] = {}
     for job in jobs:

@@ -20,16 +20,16 @@ def advantages(
 ) -> torch.Tensor:
     """Advantage of every sample, from rewards (prompts, samples of the prompt); same shape.
 
-    loo    reward minus the mean of the prompt's other samples (RLOO, arXiv 2402.14740), over one scale for the whole batch
-    group  reward minus the prompt's mean, over the prompt's own deviation (GRPO, arXiv 2402.03300)
+    loo    reward minus the mean of the prompt's other samples (RLOO, arXiv 2402.14740), over one batch-wide scale
+    group  reward minus the prompt's mean, over the prompt's own standard deviation (GRPO, arXiv 2402.03300)
     raw    the reward itself
-    decoupled  GDPO (arXiv 2601.05242): every part of the reward over the prompt's mean and own deviation, the sum of them by
-           `weights` (parts,) over the batch's mean and deviation; `by_part` (parts, prompts, samples) holds what a sample
-           earns by each part
+    decoupled  GDPO (arXiv 2601.05242): each part of the reward normalised by the prompt's own mean and deviation, then
+           their sum, weighted by `weights` (parts,), by the batch's; `by_part` (parts, prompts, samples) holds what a
+           sample earns from each part
 
-    loo divides by the deviation from the prompts' means over the batch: a prompt whose samples nearly tie keeps small
+    loo divides by the batch-wide deviation from the prompts' means: a prompt whose samples nearly tie keeps small
     advantages, where its own deviation would blow noise up to full size. All but raw are clipped to +-`limit`.
-    Raises `ValueError` where any but raw has a single sample a prompt.
+    Raises `ValueError` for any mode but raw with a single sample per prompt.
     """
     samples = rewards.shape[1]
     if mode == "raw":
@@ -50,7 +50,7 @@ def advantages(
 
 @dataclass(frozen=True)
 class LossStats:
-    """Sums over response tokens, to be added over micro-batches and divided by their tokens."""
+    """Sums over response tokens, to be added over micro-batches and divided by their token count."""
 
     loss: float
     approx_kl: float
@@ -78,10 +78,10 @@ def policy_loss(
     """PPO's clipped objective (arXiv 1707.06347) per token, plus `beta` times the KL to the reference.
 
     All tensors are (tokens,) in nats; `total_tokens` counts the response tokens of the whole minibatch, over all its
-    micro-batches and processes, so that the sum of micro-batch losses is the loss of the minibatch whatever its split.
+    micro-batches and processes, so that the micro-batch losses sum to the minibatch's loss however it is split.
     Asymmetric clipping as in DAPO (arXiv 2503.14476), the dual clip at negative advantages as in arXiv 1912.09729. The KL
-    is k3 (http://joschu.net/blog/kl-approx.html) times the ratio: on policy its gradient is that of the true KL, where
-    plain k3's saturates as the policy drifts.
+    is k3 (http://joschu.net/blog/kl-approx.html) times the ratio: on policy its gradient is that of the true KL,
+    whereas plain k3's saturates as the policy drifts.
     """
     log_ratio = (logps - old_logps).clamp(-20, 20)
     ratio = log_ratio.exp()
@@ -105,8 +105,8 @@ def policy_loss(
 def adapt_beta(beta: float, kl: float, target: float, low: float = 1e-4, high: float = 1.0) -> float:
     """The KL coefficient for the next step: up by a tenth above 1.5 times the target, down by a tenth below 2/3 of it.
 
-    `kl` and `target` are nats per token. After PPO's adaptive penalty (arXiv 1707.06347, section 4), in smaller steps, for
-    one step's estimate is noisy.
+    `kl` and `target` are nats per token. After PPO's adaptive penalty (arXiv 1707.06347, section 4), in smaller steps,
+    because one step's estimate is noisy.
     """
     if kl > 1.5 * target:
         beta *= 1.1
@@ -116,9 +116,9 @@ def adapt_beta(beta: float, kl: float, target: float, low: float = 1e-4, high: f
 
 
 def next_length_target(target: float, reached: float, worse: bool, low: float, high: float) -> float:
-    """The length target (words) after a step in which a share `reached` of the samples came near the present one.
+    """The length target (words) after a step in which a share `reached` of the samples came near the current one.
 
-    Rises by 2% from a share of 0.7 on, unless the text got `worse`; falls by 2% under 0.3; stays within [low, high].
+    Rises by 2% at a share of 0.7 or more, unless the text got `worse`; falls by 2% below 0.3; stays within [low, high].
     """
     if reached >= 0.7 and not worse:
         target *= 1.02

@@ -1,4 +1,4 @@
-"""Several processes as one, over accelerate: `torchrun` or `accelerate launch` starts them, a plain start is a group of one."""
+"""Several processes as one via accelerate, started by `torchrun` or `accelerate launch`; a plain start is a group of one."""
 
 import atexit
 import os
@@ -10,10 +10,10 @@ from accelerate.utils import gather_object, reduce
 
 
 def join(device: str) -> tuple[PartialState, str]:
-    """This process's place among all, and the device it is to use. All but the first, the chief, print nothing from here on."""
-    # accelerate takes torchrun's processes for one where there is no GPU and `cpu` is not said.
+    """This process's place among all, and its device. All but the first, the chief, print nothing from here on."""
+    # Without a GPU, accelerate takes torchrun's processes for a single one unless `cpu` is given.
     state = PartialState(cpu=device == "cpu")
-    # gloo's threads still let go of Python objects after the last exchange: in an interpreter that closes down they abort.
+    # gloo's threads still release Python objects after the last exchange: while the interpreter shuts down, that aborts.
     atexit.register(state.destroy_process_group)
     if not state.is_main_process:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open as long as the process
@@ -21,19 +21,19 @@ def join(device: str) -> tuple[PartialState, str]:
 
 
 def share(count: int) -> range:
-    """Which of `count` things are this process's: neighbours, as evenly as can be, the earlier processes one more."""
+    """This process's share of `count` things: contiguous, as even as possible, earlier processes taking one more."""
     with PartialState().split_between_processes(list(range(count))) as places:
         return range(places[0], places[-1] + 1) if places else range(0)
 
 
 def deal(items: list) -> list:
-    """This process's items where they are dealt out one by one: those of like cost, which are neighbours, go to different ones."""
+    """This process's items, dealt out one by one: neighbours, which have similar cost, go to different processes."""
     state = PartialState()
     return items[state.process_index :: state.num_processes]
 
 
 def gather(items: list) -> list:
-    """The processes' lists, one after the other, in every process."""
+    """The processes' lists, concatenated, in every process."""
     return gather_object(items)
 
 
@@ -43,7 +43,7 @@ def same(value: object) -> bool:
 
 
 def add(*values: float) -> list[float]:
-    """Each value's sum over the processes, in every process."""
+    """Each value summed over the processes, in every process."""
     state = PartialState()
     if state.num_processes == 1:
         return list(values)
@@ -51,10 +51,10 @@ def add(*values: float) -> list[float]:
 
 
 def add_gradients(model: torch.nn.Module) -> None:
-    """Every gradient becomes the sum over the processes: each has divided its loss by the tokens of all.
+    """Replace every gradient by its sum over the processes: each has divided its loss by the token count of all.
 
-    Called by every process, with or without a backward pass of its own. DistributedDataParallel would average, and at every
-    micro-batch.
+    Called by every process, with or without a backward pass of its own. DistributedDataParallel would average instead, and
+    at every micro-batch.
     """
     if PartialState().num_processes == 1:
         return

@@ -1,7 +1,7 @@
 """Which words do not belong where they stand: a linear probe on the encoder's vectors.
 
 Replaced token detection (ELECTRA, Clark et al. 2020, arXiv 2003.10555), with random disturbances in place of a generator:
-human texts are disturbed at known places and a logistic regression learns to point at them. BERTScore cannot tell a word that
+human texts are disturbed at known places and a logistic regression learns to find them. BERTScore cannot detect a word that
 was thrown in, because it is there to be matched; the vectors around it can.
 """
 
@@ -18,9 +18,9 @@ from storygen.textstats import STOP_WORDS, words
 
 # A disturbed text has about one disturbed word in 16.
 RATE = 16
-# Inverse strength of the L2 penalty: between 1 and 30 the figures do not move.
+# Inverse strength of the L2 penalty: between 1 and 30 the figures do not change.
 C = 3.0
-# Of a token's probability to belong, so that a single one cannot sink a text.
+# Floor on a token's probability of belonging, so that a single one cannot sink a text.
 FLOOR = 1e-3
 
 Marked = list[tuple[str, bool]]
@@ -28,7 +28,7 @@ Marked = list[tuple[str, bool]]
 
 @dataclass(frozen=True)
 class Probe:
-    """weights: (3, d), for the vectors of the token before, of the token and of the one after. bias: at even odds."""
+    """weights: (3, d), for the vectors of the token before, the token itself and the one after. bias: at even prior odds."""
 
     weights: list[list[float]]
     bias: float
@@ -39,7 +39,7 @@ class Probe:
         return torch.tensor(self.weights).T.contiguous()
 
     def belongs(self, text: Embedded, encoder: Encoder) -> torch.Tensor:
-        """Probability that each token stands where its author put it, (n,) fp32, at even odds; 1 for special tokens."""
+        """Probability that each token is where its author put it, (n,) fp32, at even prior odds; 1 for special tokens."""
         if not len(text.ids):
             return torch.ones(0, device=text.vectors.device)
         before, here, after = (text.vectors @ self.matrix.to(text.vectors.device)).unbind(1)
@@ -52,20 +52,20 @@ class Probe:
         return belongs
 
     def discounted(self, text: Embedded, encoder: Encoder) -> Embedded:
-        """The text as one that answers only as far as it belongs: every token's cosines are multiplied by its `belongs`."""
+        """The text with its matches discounted: every token's cosines are multiplied by its `belongs`."""
         return Embedded(text.ids, text.vectors * self.belongs(text, encoder)[:, None]) if len(text.ids) else text
 
     def home(self, text: Embedded, encoder: Encoder, weights: np.ndarray) -> float:
-        """Geometric mean of `belongs` over the tokens of a text, by weights (n,); 0 where nothing weighs anything.
+        """Geometric mean of `belongs` over a text's tokens, by weights (n,); 0 if all weights are 0.
 
-        Geometric, because a few words that plainly do not belong are what tells a disturbed text from a loose one.
+        Geometric, because a few words that plainly do not belong are what distinguishes a disturbed text from a loose one.
         """
         logs = self.belongs(text, encoder).clamp_min(FLOOR).log().double().cpu().numpy()
         return float(np.exp(weights @ logs / weights.sum())) if weights.sum() > 0 else 0.0
 
 
 def answering(x: Embedded, y: Embedded, weights: np.ndarray) -> np.ndarray:
-    """How much of the weights (n_x,) of x each token of y answers, (n_y,): every token of x gives its own to its best match."""
+    """How much of x's weights (n_x,) each token of y answers, (n_y,): each token of x gives its weight to its best match."""
     answered = np.zeros(len(y.ids))
     if len(x.ids) and len(y.ids):
         np.add.at(answered, (x.vectors @ y.vectors.T).argmax(dim=1).cpu().numpy(), weights)
@@ -73,10 +73,10 @@ def answering(x: Embedded, y: Embedded, weights: np.ndarray) -> np.ndarray:
 
 
 def fit_probe(texts: Sequence[str], encoder: Encoder, idf: np.ndarray, seed: int) -> Probe:
-    """Disturb each text in one way, encode, and fit. idf: (vocab,) weights, by which a token counts in the fit.
+    """Disturb each text in one way, encode, and fit. idf: (vocab,) weights of the tokens in the fit.
 
-    A reward is gained by heavy words, so the probe should know those best. Texts under four words are left out; of none at
-    all the probe says that everything belongs equally.
+    Heavy words earn the reward, so the probe should know those best. Texts under four words are left out; with no texts at
+    all, the probe says that everything belongs equally.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -106,19 +106,19 @@ def fit_probe(texts: Sequence[str], encoder: Encoder, idf: np.ndarray, seed: int
 
 
 def token_labels(row: Marked, encoder: Encoder) -> np.ndarray:
-    """Whether each token of the words joined by spaces is a piece of a disturbed one, (n,) bool, without specials."""
+    """Whether each token of the space-joined words is part of a disturbed one, (n,) bool, without special tokens."""
     ends = np.cumsum([len(word) + 1 for word, _ in row])
     offsets = encoder.backend.encode(" ".join(word for word, _ in row), add_special_tokens=False).offsets
     return np.array([row[np.searchsorted(ends, start, side="right")][1] for start, _ in offsets])
 
 
 def content(row: list[str]) -> list[str]:
-    """The words that are not function words; all of them where none is left."""
+    """The words that are not function words; all words if none are left."""
     return [word for word in row if words(word) and words(word)[0] not in STOP_WORDS] or row
 
 
 def strewn(row: list[str], other: list[str], rng: random.Random) -> Marked:
-    """Content words of another text put in anywhere."""
+    """Content words of another text inserted anywhere."""
     out, pool = [(word, False) for word in row], content(other)
     for _ in range(max(2, len(row) // RATE)):
         out.insert(rng.randrange(len(out) + 1), (rng.choice(pool), True))
@@ -126,7 +126,7 @@ def strewn(row: list[str], other: list[str], rng: random.Random) -> Marked:
 
 
 def spliced(row: list[str], other: list[str], rng: random.Random) -> Marked:
-    """Runs of three words of another text put in anywhere."""
+    """Runs of three words of another text inserted anywhere."""
     out = [(word, False) for word in row]
     for _ in range(max(1, len(row) // (3 * RATE))):
         start, at = rng.randrange(max(1, len(other) - 2)), rng.randrange(len(out) + 1)

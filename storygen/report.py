@@ -1,4 +1,4 @@
-"""One self-contained HTML page of an RL run, `python -m storygen.report RUN_DIR`, also while it is still going; or of a comparison."""
+"""One self-contained HTML page of an RL run, finished or not (`python -m storygen.report RUN_DIR`), or of a comparison."""
 
 import json
 import math
@@ -21,15 +21,15 @@ from storygen.cli import InputError, run, write_atomically
 CURVE_POINTS = 600  # more than a chart has pixels
 SAMPLES = 1500  # embedded at most; a browser filters this many without a pause
 CHOICE = "the best and the worst of the run and of many steps, random ones of each step and verdict, and the held-out evaluations."
-SAMPLE_BYTES = 10_000_000  # of embedded samples at most, whatever the length of the stories
+SAMPLE_BYTES = 10_000_000  # of embedded samples at most, however long the stories
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
-    """Write the page of an RL run (`metrics.jsonl`, and where they exist `samples.jsonl`, `run.json`) and return its path.
+    """Write the page of an RL run (`metrics.jsonl`, and if they exist `samples.jsonl`, `run.json`) and return its path.
 
-    `out` is `run_dir/report.html` by default. Of many samples a choice is embedded, so that 100,000 of them stay under
-    15 MB: both ends of each of many steps, random ones, and the held-out evaluations. Lines that are no JSON object, such
-    as a last line still being written, are passed over. Raises `InputError` where there is nothing to report on.
+    `out` is `run_dir/report.html` by default. Of many samples only a selection is embedded, so that 100,000 stay under
+    15 MB: the best and worst of each of many steps, random ones, and the held-out evaluations. Lines that are not JSON
+    objects, such as a last line still being written, are skipped. Raises `InputError` if there is nothing to report on.
     """
     metrics = [row for _, row in _rows(run_dir / "metrics.jsonl") if _number(row.get("step"))]
     if not metrics:
@@ -54,8 +54,8 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
 def write_comparison(folder: Path, rows: list[tuple[str, list[str]]], note: str) -> Path:
     """Write `folder/report.html` of an evaluation (its `evaluation.json` and `samples.jsonl`) and return its path.
 
-    rows: what was measured, (name, a cell for each model); note: in what units. The samples of a model that are embedded are those
-    of the first prompts, as many as fit.
+    rows: what was measured, (name, one cell per model); note: its units. The embedded samples are those of the first
+    prompts, as many as fit.
     """
     evaluation = json.loads((folder / "evaluation.json").read_text("utf-8"))
     models = [result["model"] for result in evaluation["models"]]
@@ -84,7 +84,7 @@ def write_comparison(folder: Path, rows: list[tuple[str, list[str]]], note: str)
 
 
 def _by_prompt(path: Path) -> list[tuple[int, dict]]:
-    """The rows, those of a prompt together: each model's samples of it stand one after the other."""
+    """The rows, grouped by prompt: all models' samples of one prompt stand together."""
     rows = list(_rows(path))
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(row["prompt"] for _, row in rows))}
     return sorted(rows, key=lambda item: place[item[1]["prompt"]])
@@ -98,7 +98,7 @@ def _render(page: dict, out: Path) -> Path:
 
 
 def _human(row: dict) -> dict[str, list[float]]:
-    """{"reward" or a part: [10th, 90th percentile of human rows]}, from what a run logs of them at its beginning."""
+    """{"reward" or a part: [10th, 90th percentile of human rows]}, from what a run logs about them at its start."""
     low = {
         key.removeprefix("human/").removesuffix("/p10"): key
         for key in row
@@ -109,7 +109,7 @@ def _human(row: dict) -> dict[str, list[float]]:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """Byte offset and content of each line that is a JSON object; nothing where there is no file."""
+    """Byte offset and content of each line that is a JSON object; nothing if there is no file."""
     if not path.is_file():
         return
     offset = 0
@@ -117,7 +117,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict]]:
         for line in file:
             try:
                 row = json.loads(line)
-            except ValueError:  # also what undecodable bytes raise
+            except ValueError:  # undecodable bytes raise it too
                 row = None
             if isinstance(row, dict):
                 yield offset, row
@@ -148,7 +148,7 @@ def _curves(metrics: list[dict]) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def _tiles(metrics: list[dict]) -> tuple[list[dict], str]:
-    """The headline numbers: last against first evaluation, or, where there is none, the two ends of training."""
+    """The headline numbers: last against first evaluation, or, without any, the two ends of training."""
     evaluations = [row for row in metrics if _number(row.get("eval/reward"))]
     if evaluations:
         before, after = evaluations[0], evaluations[-1]
@@ -182,7 +182,7 @@ def _mean(rows: list[dict]) -> dict[str, float]:
 
 
 def _tile(name: str, before: Any, after: Any, judged: bool = True) -> dict | None:
-    """One headline number; `judged` ones are better when higher and coloured by it."""
+    """One headline number; `judged` ones are better when higher, and coloured accordingly."""
     if not _number(after):
         return None
     digits = 0 if abs(after) >= 100 else 3
@@ -199,7 +199,7 @@ def _tile(name: str, before: Any, after: Any, judged: bool = True) -> dict | Non
 
 
 def _samples(path: Path) -> tuple[list[dict], int, list[dict]]:
-    """The samples to embed, in file order; how many the file holds; and of each step how the rewards of its training samples spread.
+    """The samples to embed, in file order; how many the file holds; and reward quantiles of each step's training samples.
 
     One pass to choose, one to read the chosen.
     """
@@ -234,7 +234,7 @@ def _quantiles(values: list[float], name: str) -> dict[str, float]:
 
 
 def _preferred(index: list[tuple]) -> list[int]:
-    """Offsets of all samples, the ones most worth a place first, each once."""
+    """Offsets of all samples, each once, those most worth embedding first."""
     draw = random.Random(0)
     held, train = ([r for r in index if (r[2] == "validation") == wanted] for wanted in (True, False))
 
@@ -273,7 +273,7 @@ def _preferred(index: list[tuple]) -> list[int]:
 
 
 def _sample(row: dict) -> dict:
-    """What the page needs of a sample, each field of the type that it expects there."""
+    """What the page needs of a sample, each field of the type that it expects."""
     verdict = str(row.get("verdict") or "ok")
 
     def numbers(value: Any) -> dict:
@@ -281,7 +281,7 @@ def _sample(row: dict) -> dict:
 
     return {
         **{key: str(row.get(key) or "") for key in ("prompt", "think", "story")},
-        # Of a malformed sample nothing was measured: its parts and guards are 0 by definition, none of them "fired".
+        # Nothing was measured on a malformed sample: its parts and guards are 0 by definition, none of them "fired".
         **{key: numbers(row.get(key)) if verdict == "ok" else {} for key in ("parts", "guards", "raw")},
         **{key: round(row[key], 4) if _number(row.get(key)) else None for key in ("reward", "advantage")},
         "step": row.get("step") if _number(row.get("step")) else 0,

@@ -12,10 +12,10 @@ from storygen.sampler import sample
 
 @dataclass(frozen=True)
 class Rollout:
-    """The responses of one call, prompt by prompt, K of each.
+    """The responses of one call, prompt by prompt, K per prompt.
 
     rows: token ids, prompt and response; starts: index of the first response token; room: tokens left between the response's
-    end and the limit; sampler_logps: (response tokens,), nats, of the law that was sampled.
+    end and the limit; sampler_logps: (response tokens,), nats, under the distribution that was sampled.
     """
 
     prompts: list[str]
@@ -45,7 +45,7 @@ def rollout(
 ) -> Rollout:
     """`k` responses to each prompt, up to the context's end or `max_new_tokens`. Same seed, device and dtype: same tokens.
 
-    first: place of the first prompt among all that share the seed. max_rows: drawn at once, at most.
+    first: index of the first prompt among all that share the seed. max_rows: most rows drawn at once.
     """
     prefixes = [pattern.prefix(prompt) for prompt in prompts]
     context = context_length(model)
@@ -79,7 +79,7 @@ def rollout_logps(
     temperature: float,
     dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """Log-probabilities of every response's tokens under any model, one tensor a row, nats.
+    """Log-probabilities of every response's tokens under any model, one tensor per row, nats.
 
     micro: which rows go through the model together (`token_budget_batches`).
     """

@@ -1,4 +1,4 @@
-"""Cleaned rows of a whole data set on disk; in memory only what tells them apart (some 300 bytes a row)."""
+"""Cleaned rows of a whole data set on disk; memory holds only what tells them apart (some 300 bytes per row)."""
 
 import random
 from collections import Counter, defaultdict
@@ -41,19 +41,19 @@ class Tally:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What can be known of a raw row by itself. row: cleaned, None where it is dropped for `reason`."""
+    """What can be known of a raw row by itself. row: cleaned, None if it is dropped for `reason`."""
 
     split: str
     reason: str | None = None
     row: dict | None = None
     key: bytes = b""
-    """Equal for copies: of stories, whatever their prompts, and of prompts without one."""
+    """Equal for copies: of stories, whatever their prompts, and of prompts without a story."""
     sketch: np.ndarray | None = None
     """Of a story."""
 
 
 def prepare(rows: list[dict], bounds: Bounds) -> list[Prepared]:
-    """Nearly all of the work on raw rows, and none of it needs the others."""
+    """Nearly all of the work on raw rows; no row needs the others."""
     return [prepare_row(row, bounds) for row in rows]
 
 
@@ -87,7 +87,7 @@ class RowStore:
         self._dropped: set[int] = set()
 
     def add(self, rows: Iterable[dict], origin: str) -> None:
-        """Clean rows, in several processes where there are many, and keep each or count why not. A story is kept once,
+        """Clean rows, in several processes if there are many, and keep each or count why not. A story is kept once,
         whatever prompt it comes with."""
         for batch in in_processes(partial(prepare, bounds=self.bounds), rows):
             for prepared in batch:
@@ -109,7 +109,7 @@ class RowStore:
             self._flush()
 
     def settle(self) -> None:
-        """No more rows. Those whose prompt or story nearly stands in another split too leave the side nearer to training."""
+        """No more rows. Those with a near-duplicate prompt or story in another split leave the side nearer to training."""
         self._flush()
         self._writer.close()
         unique = list(dict.fromkeys(self._prompts))
@@ -125,7 +125,7 @@ class RowStore:
             tally.dropped["near_duplicate"][split] += 1
 
     def rows(self) -> Iterator[tuple[int, dict]]:
-        """(number, row) of every kept row: {origin, split, prompt, think, story}; `outlines[number]` stands in for think."""
+        """(number, row) of every kept row: {origin, split, prompt, think, story}; `outlines[number]` replaces think."""
         number = 0
         for batch in pq.ParquetFile(self.path).iter_batches(batch_size=BATCH):
             for row in batch.to_pylist():
@@ -155,7 +155,7 @@ class RowStore:
         return rows, stories
 
     def write(self, folder: Path) -> dict[str, dict[str, int]]:
-        """sft.parquet: rows with an outline and a story. prompts.parquet: every prompt once. Rows of each by split."""
+        """sft.parquet: rows with an outline and a story. prompts.parquet: every prompt once. Returns row counts by split."""
         counts = {name: dict.fromkeys(SPLITS, 0) for name in FILES}
         pending: dict[str, list[dict]] = {name: [] for name in FILES}
         writers = {name: pq.ParquetWriter(folder / f"{name}.parquet", schema) for name, schema in FILES.items()}

@@ -1,9 +1,9 @@
-"""Batched sampling, from a GPT-2 with a preallocated KV cache; from any other causal model by `plain_sampler`.
+"""Batched sampling: from GPT-2 with a preallocated KV cache, from any other causal model by `plain_sampler`.
 
 The K completions of a prompt share one prefill. A finished row leaves its slot at once and the next waiting completion takes
-it, so no forward pass is spent on a row that has ended; on a GPU, whose loop is in `gpu_sampler`, that is soon and not at
-once. Every completion draws its tokens from a random stream of its own, keyed by (seed, prompt, completion): what is sampled
-does not depend on how many rows ran beside it, but for rounding.
+it, so no forward pass is spent on a row that has ended; on a GPU, whose loop is in `gpu_sampler`, this happens soon, not at
+once. Every completion draws its tokens from its own random stream, keyed by (seed, prompt, completion): what is sampled does
+not depend on how many rows run alongside, except for rounding.
 """
 
 import sys
@@ -25,7 +25,7 @@ from storygen.pattern import context_length
 
 @dataclass
 class Completion:
-    """`ids` hold the end token where the row `finished`; `logps` are nats, one a token, of the law that was sampled."""
+    """`ids` include the end token if the row `finished`; `logps`, one per token, are nats under the distribution sampled."""
 
     ids: list[int]
     logps: list[float]
@@ -65,9 +65,9 @@ def sample(
 ) -> list[list[Completion]]:
     """`num` completions of each prefix (token ids), up to `eos_id`, the context's end or `max_new_tokens`.
 
-    first: place of the first prefix among all that this seed samples, where several processes share them out.
-    vocabulary: number of tokens; rows of the embedding matrix beyond it are its padding and never drawn. None: all rows.
-    on_token(prompt, completion, token): called as each is drawn, at the slower sampler's pace on a GPU.
+    first: index of the first prefix among all sampled with this seed, when several processes share them.
+    vocabulary: number of tokens; rows of the embedding matrix beyond it are padding and never drawn. None: all rows.
+    on_token(prompt, completion, token): called as each token is drawn; on a GPU this uses the slower sampler.
     Same seed, device and dtype: same tokens. Raises `InputError` for a prefix that fills the context.
     """
     context = context_length(model)
@@ -136,7 +136,7 @@ def sample(
             completion.logps.append(logp)
             completion.finished = token == eos_id
 
-        # Close the gaps that ended rows leave with rows from the end, so that the active slots stay 0 … n-1.
+        # Fill the gaps left by ended rows with rows from the end, so that the active slots stay 0 … n-1.
         slot = 0
         while slot < len(jobs):
             (p, k), completion = jobs[slot], drawn[slot]

@@ -1,4 +1,4 @@
-"""What can be said of a text by counting its words: the measures that calibration and reward share.
+"""What can be said about a text by counting its words: the measures that calibration and reward share.
 
 A word is a run of letters and digits, with apostrophes inside it, in lower case and without accents. What an uncased encoder
 does not see (accents, invisible characters) or reads through (hyphens) must not hide a word here either. A share is a number
@@ -16,7 +16,7 @@ from itertools import pairwise
 
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 TOKEN = re.compile(WORD.pattern + r"|[.!?…]+|[,;:–—]")
-# Combining accents, and characters that take no room: soft hyphen, zero-width spaces and joiners, marks of direction.
+# Combining accents, and characters without width: soft hyphen, zero-width spaces and joiners, direction marks.
 UNSEEN = re.compile("[\u0300-\u036f\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
 # Speech: double quotes to their partner or the line's end (a paragraph is a line here); single ones only where closed
 # after punctuation, because an apostrophe is the same character.
@@ -47,7 +47,7 @@ STOP_WORDS = frozenset(FUNCTION_WORDS.split())
 
 
 def seen(text: str) -> str:
-    """A text in lower case without accents and invisible characters, curly apostrophes made straight."""
+    """A text in lower case, without accents and invisible characters, curly apostrophes straightened."""
     if not text.isascii():
         text = UNSEEN.sub("", unicodedata.normalize("NFD", text)).replace("’", "'")
     return text.lower()
@@ -117,7 +117,7 @@ def borrowed_share(text: Sequence[str], source: Sequence[str]) -> float:
 def densest_share(text: Sequence[str], source: Sequence[str], window: int = DENSE_WINDOW) -> float:
     """Largest share, over all runs of `window` words, of content words of `source`: a list of them stands out in any text.
 
-    A text shorter than the window counts as if it were filled up with other words.
+    A text shorter than the window counts as if padded with other words.
     """
     content = set(source) - STOP_WORDS
     hits = [word in content for word in text]
@@ -177,7 +177,7 @@ class WordOrder:
     def score(self, text: str) -> float:
         """Mean over adjacent pairs of ln p(b|a) / p(b), in nats: about 0 or less for words in a random order.
 
-        p(b|a) is smoothed towards p(b) with PRIOR imagined occurrences of a. A text without a pair scores 0.
+        p(b|a) is smoothed towards p(b) with PRIOR pseudo-occurrences of a. A text without a pair scores 0.
         """
         line = skeleton(text)
         gains = [self._gain(a, b) for a, b in pairwise(line)]

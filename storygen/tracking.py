@@ -1,4 +1,4 @@
-"""What a run leaves to be looked at: metrics.jsonl, samples.jsonl, trackers, a progress bar and, now and then, a story."""
+"""What a run leaves to look at: metrics.jsonl, samples.jsonl, trackers, a progress bar and, now and then, a story."""
 
 import json
 import os
@@ -22,9 +22,9 @@ class Trackers:
     """accelerate's trackers of a run, fed with the numbers that go into metrics.jsonl, under the same names."""
 
     def __init__(self, wanted: Sequence[TrackerName], run: Path, config: dict[str, Any], done: int = 0):
-        """wanted: "auto" is TensorBoard where it is installed. done: steps of a run that is resumed; later ones are replaced.
+        """wanted: "auto" is TensorBoard if installed. done: steps a resumed run has behind it; later ones are replaced.
 
-        Raises `InputError` for one that is not installed.
+        Raises `InputError` for a tracker that is not installed.
         """
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
@@ -41,14 +41,14 @@ class Trackers:
             else:
                 tracker = LOGGER_TYPE_TO_CLASS[name]("story-gen", name=run.resolve().name)
             tracker.start()
-            if name == "tensorboard":  # its own way makes another run of every configuration
+            if name == "tensorboard":  # its own method makes another run of every configuration
                 tracker.log({"config": f"    {json.dumps(config, indent=1)}".replace("\n", "\n    ")}, step=done)
             else:
                 tracker.store_init_configuration(config)
             self.trackers.append(tracker)
 
     def log(self, row: dict[str, Any]) -> None:
-        """A row of metrics.jsonl: what are numbers in it, at its `step`."""
+        """Log the numbers in a row of metrics.jsonl, at its `step`."""
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
         for tracker in self.trackers:
             tracker.log(numbers, step=row["step"])
@@ -62,7 +62,7 @@ class Log:
     """An append-only JSON-lines file that a resumed run continues exactly where its checkpoint was taken."""
 
     def __init__(self, path: Path, size: int = 0):
-        """Keep the first `size` bytes, as recorded in the checkpoint; rows written after it will be written again."""
+        """Keep the first `size` bytes, as recorded in the checkpoint; rows after them will be written again."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         os.truncate(path, min(size, path.stat().st_size))
@@ -79,7 +79,7 @@ class Log:
 
 
 def progress(total: int, start: int, description: str, show: bool = True) -> tqdm:
-    """The stage's one bar; silent where stderr is no terminal, or without `show`."""
+    """The stage's one bar; silent if stderr is not a terminal, or without `show`."""
     disable = None if show else True
     return tqdm(total=total, initial=start, desc=description, unit="step", disable=disable, dynamic_ncols=True)
 
@@ -99,8 +99,8 @@ def show_sample(title: str, prompt: str, think: str, story: str) -> None:
 def describe(samples: Sequence, scores: Sequence) -> dict[str, float]:
     """Mean reward, shares of well-formed and finished rows, lengths in words; parts and guards over well-formed rows.
 
-    `samples` and `scores` are what the reward takes and gives, in the same order. A malformed row has no parts: counted as
-    zeros they would draw the grammar's curve again in every chart.
+    `samples` and `scores` are what the reward takes and returns, in the same order. A malformed row has no parts: counted
+    as zeros they would repeat the grammar's curve in every chart.
     """
     n = len(scores)
     row = {"reward": sum(s.reward for s in scores) / n}
@@ -117,7 +117,7 @@ def describe(samples: Sequence, scores: Sequence) -> dict[str, float]:
 
 
 def human_range(scores: Sequence) -> dict[str, float]:
-    """10th and 90th percentile of the reward and each part over the well-formed of some human rows' scores; nothing without any."""
+    """10th and 90th percentile of the reward and each part over well-formed human rows' scores; empty without any."""
     good = [score for score in scores if score.verdict == "ok"]
     if not good:
         return {}
@@ -145,7 +145,7 @@ def sample_rows(
 def alarms(row: dict[str, float], kl_target: float, entropy_start: float) -> list[str]:
     """What a reader of the curves would stop a run for, each with the figure that shows it and what to try.
 
-    row: a step's metrics. kl_target: nats per token. entropy_start: of the first step, nats per token.
+    row: a step's metrics. kl_target: nats per token. entropy_start: the first step's, nats per token.
     """
     finished, kl, entropy = row["samples/finished"], row["objective/kl"], row["objective/entropy"]
     skipped = row["policy/skipped"]

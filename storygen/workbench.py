@@ -56,9 +56,9 @@ def read_rows(path: Path, extra: dict[str, type] | None = None) -> list[dict[str
     return rows
 
 
-# About one word in 20 of human text is under it.
+# About one word in 20 of human text is below it.
 MISPLACED = 0.2
-# Of an answer: what a word of another meaning earns, in a story where it belongs.
+# The similarity that a word of another meaning earns, in a story where it belongs.
 POOR = 0.35
 KINDS = {str: "string", bool: "boolean", float: "number", dict: "JSON object"}
 
@@ -67,8 +67,8 @@ KINDS = {str: "string", bool: "boolean", float: "number", dict: "JSON object"}
 class Answer:
     """An outline word and the story word that its heaviest piece matches best. Starts are character offsets.
 
-    similarity: mean cosine of the word's pieces with their best matches, times how far those belong, by weight. weight: its
-    share of the outline's.
+    similarity: weighted mean over the word's pieces of the cosine with the best match, times how far that belongs. weight:
+    the word's share of the outline's.
     """
 
     start: int
@@ -98,7 +98,7 @@ def answered(encoder: Encoder, probe: Probe, think: str, story: str, table: np.n
 
 
 def misplaced(encoder: Encoder, probe: Probe, text: str) -> dict[int, tuple[str, float]]:
-    """Words that seem not to belong where they stand: {start: (word, lowest `belongs` of its pieces)}, all under MISPLACED."""
+    """Words that seem not to belong where they are: {start: (word, lowest `belongs` of its pieces)}, all under MISPLACED."""
     [coded] = encoder.embed([text])
     lowest: dict[int, tuple[str, float]] = {}
     for place, value in zip(word_of_token(encoder, text), probe.belongs(coded, encoder).tolist(), strict=False):
@@ -119,7 +119,7 @@ def word_of_token(encoder: Encoder, text: str) -> list[tuple[int, str] | None]:
 
 
 def measures(calibration: Calibration, raw: dict[str, float]) -> Table:
-    """What was measured of a row, beside what human rows show."""
+    """What was measured of a row, next to what human rows show."""
     table = Table("measured", "here", "human 5th to 95th percentile")
     for key, value in raw.items():
         table.add_row(key, f"{value:.3f}", human_range(calibration, raw, key))
@@ -127,7 +127,7 @@ def measures(calibration: Calibration, raw: dict[str, float]) -> Table:
 
 
 def answers(found: list[Answer]) -> Table:
-    """Each content word of the outline beside the story word that answered it; poor answers in red."""
+    """Each content word of the outline next to the story word that answered it; poor answers in red."""
     table = Table("outline word", "answered by", "similarity", "weight")
     for a in found:
         style = "" if a.similarity > POOR else "red"
@@ -136,7 +136,7 @@ def answers(found: list[Answer]) -> Table:
 
 
 def human_range(calibration: Calibration, raw: dict[str, float], key: str) -> str:
-    """What human rows show for a raw measure: 5th to 95th percentile, or chance for this text and the human level above it."""
+    """What human rows show for a raw measure: 5th to 95th percentile, or this text's chance and the human level above it."""
     if key in calibration.quantiles:
         return f"{calibration.quantile(key, 5):.3f} to {calibration.quantile(key, 95):.3f}"
     if key in calibration.human:
@@ -147,7 +147,7 @@ def human_range(calibration: Calibration, raw: dict[str, float], key: str) -> st
 
 
 def flipped(groups: Sequence[Hashable], old: np.ndarray, new: np.ndarray) -> tuple[int, list[tuple[int, int]]]:
-    """Pairs of one group whose order under `old` is reversed under `new`, the widest reversal first.
+    """Pairs within a group whose order under `old` is reversed under `new`, the widest reversal first.
 
     Returns how many pairs the old scores order at all, and (was better, is better) indices of those that flip.
     """
@@ -160,7 +160,7 @@ def flipped(groups: Sequence[Hashable], old: np.ndarray, new: np.ndarray) -> tup
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's: Pearson's correlation of the ranks, ties at their mean rank. NaN where one side is all ties."""
+    """Spearman's: Pearson's correlation of the ranks, ties at their mean rank. NaN if one side is all ties."""
     ranks = []
     for values in (a, b):
         _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-# Tiny models are faster on one thread than on several that wait for each other; scripts started by tests inherit it.
+# Tiny models are faster on one thread than on several that wait for each other; scripts started by tests inherit this.
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
 import pytest
@@ -40,7 +40,7 @@ def tiny():
 
 @pytest.fixture
 def script(monkeypatch, capfd):
-    """Run a root script as its command line would, in this process: returncode, stdout and stderr."""
+    """Run a root script in this process as its command line would: returncode, stdout and stderr."""
 
     def run(name: str, *arguments, stdin: bytes = b""):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])

@@ -1,4 +1,4 @@
-"""A Hugging Face hub for data sets on this machine: enough of its API for the real clients to stream from."""
+"""A local Hugging Face hub for data sets: enough of its API for the real clients to stream from it."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, unquote, urlparse
 
 
 class Hub(ThreadingHTTPServer):
-    """repositories: {name: {path: bytes}}. Every one stands at commit `sha(name)`, to which any revision points."""
+    """repositories: {name: {path: bytes}}. Each is at commit `sha(name)`, to which any revision points."""
 
     daemon_threads = True
 

@@ -1,4 +1,4 @@
-"""A data folder as the reward reads it, made once a test run from the embedded corpus."""
+"""A data folder as the reward reads it, made once per test run from the embedded corpus."""
 
 import atexit
 import json
@@ -37,7 +37,7 @@ def held_out(n: int) -> list[dict]:
 
 @cache
 def data_folder() -> Path:
-    """Correlation curves of PAIRED rows and a probe of PROBED, to be quick; the rest from the whole training split."""
+    """Correlation curves from PAIRED rows and a probe from PROBED, for speed; the rest from the whole training split."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
     train = [row for row in corpus_rows() if row["split"] == "train"]

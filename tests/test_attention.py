@@ -1,4 +1,4 @@
-"""Attention by plain products is transformers' own, for every shape a model may ask for."""
+"""Attention by plain products equals that of transformers, for every shape a model may ask for."""
 
 import pytest
 import torch

@@ -104,7 +104,7 @@ def embedded(encoder, pairs):
 
 
 def all_positive(x, y) -> np.ndarray:
-    """Pairs in which every token has some cosine above 0: in a padded batch the library lifts the others' best to 0."""
+    """Pairs in which every token has some cosine above 0: in a padded batch the library raises the others' best to 0."""
     sides = zip([*x, *y], [*y, *x], strict=True)
     return np.array([best_match(a, b).min(initial=0) >= 0 for a, b in sides]).reshape(2, -1).all(axis=0)
 
@@ -156,7 +156,7 @@ def test_raw_is_bert_scores_matching_of_our_vectors(encoder, pairs, embedded, we
 
 
 def test_a_negative_best_cosine_stays(encoder):
-    """bert-score keeps it where a pair is scored alone and drops it where a longer pair pads the batch."""
+    """bert-score keeps it when a pair is scored alone and drops it when a longer pair pads the batch."""
     ids, axes, table = np.array([*encoder.prefix, 5, *encoder.suffix]), torch.eye(2), encoder.flat_weights()
     x, y = Embedded(ids, axes[[0, 0, 0]]), Embedded(ids, -axes[[0, 0, 0]])
     longer = Embedded(np.insert(ids, 1, 5), axes[[0, 0, 0, 0]])
@@ -173,11 +173,11 @@ def test_specials_answer_but_weigh_nothing(encoder, embedded):
     # Only y's [CLS] answers x's token; y's own token has no answer. Were the specials weighed, R would be 2/3.
     assert precision_recall_f1(x, y, table, "raw") == (0, 1, 0)
     assert by_library([x], [y], table).tolist() == [[0, 1, 0]]
-    # In real texts too they answer.
+    # They answer in real texts too.
     bare = [Embedded(text.ids[1:-1], text.vectors[1:-1]) for text in embedded[1]]
     lost = by_us(*embedded, table)[:, 1] - by_us(embedded[0], bare, table)[:, 1]
     assert lost.min() >= -1e-6 and (lost > 1e-3).sum() >= 5
-    # A text of nothing but specials weighs nothing.
+    # A text of only specials weighs nothing.
     only = encoder.embed(["[SEP] [CLS]"])[0]
     assert len(only.ids) == 4 and precision_recall_f1(only, only, table) == (0, 0, 0)
 
@@ -280,7 +280,7 @@ def test_long_text_takes_each_token_from_its_most_central_window(encoder):
         central = max(inside, key=lambda k: min(i - places[k][0], places[k][1] - 1 - i))
         expected.append(runs[central][i - places[central][0] + 1])
     torch.testing.assert_close(whole.vectors, torch.stack([*expected, runs[-1][-1]]), atol=1e-5, rtol=0)
-    # What stands beyond the first window is there to be matched.
+    # Text beyond the first window can be matched.
     last, start = encoder.embed([long[-200:], ROWS[0]["story"]])
     assert best_match(last, whole).mean() > best_match(last, start).mean() + 0.1
 

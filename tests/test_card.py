@@ -1,4 +1,4 @@
-"""A model's card, and its upload by the standard client to a hub on this machine."""
+"""A model's card, and its upload by the standard client to a local hub."""
 
 import base64
 import json
@@ -50,7 +50,7 @@ def test_a_model_of_the_embedded_data_is_free_for_all(tmp_path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What a client asks of a hub to make a repository and commit to it; no file is large enough for LFS here."""
+    """What a client needs from a hub to create a repository and commit to it; no file here is large enough for LFS."""
 
     commits: ClassVar[list[dict[str, bytes]]] = []
 

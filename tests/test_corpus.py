@@ -148,7 +148,7 @@ def test_words_of_ordinary_prose_survive(text):
     assert letters(clean_story(text)) == letters(text)
 
 
-# What the treebank's tokeniser took off a word: do n't, gon na, got ta, gim me, can not.
+# What the treebank's tokeniser splits off a word: do n't, gon na, got ta, gim me, can not.
 REJOINED = [["n"], ["na"], ["ta"], ["me"], ["not"]]
 
 
@@ -162,11 +162,11 @@ def test_no_word_of_a_real_story_is_lost_split_or_merged():
     whole = 0
     for row in read_rows(REAL):
         clean, _ = clean_row(row, Bounds())
-        if clean is None or re.search(r"http|& ?\w+ ?;|dropcap", row["story"]):  # links and entities go on purpose
+        if clean is None or re.search(r"http|& ?\w+ ?;|dropcap", row["story"]):  # links and entities are removed on purpose
             continue
         raw, kept = (re.findall(r"[^\W_]+", text.casefold()) for text in (row["story"], clean["story"]))
         start = "".join(raw).find("".join(kept))
-        assert start >= 0  # notes go at head and foot, and nothing between
+        assert start >= 0  # notes are removed at head and foot, and nothing in between
         begins, at = {sum(map(len, raw[:i])): i for i in range(len(raw))}, start
         for word in kept:
             first, at = begins[at], at + len(word)
@@ -299,7 +299,7 @@ def test_values_of_a_wrong_type_are_counted_not_fatal(tmp_path):
         ("a.docx", b"x", "unknown format"),
         ("a.wp_source", b"x\n", r"a\.wp_target.*missing"),
     ],
-    ids=lambda value: f"{len(value)} bytes" if isinstance(value, bytes) else None,  # no test is named by 100,000 brackets
+    ids=lambda value: f"{len(value)} bytes" if isinstance(value, bytes) else None,  # no test is named after 100,000 brackets
 )
 def test_files_that_cannot_be_read_say_where(tmp_path, name, content, where):
     (tmp_path / name).write_bytes(content)

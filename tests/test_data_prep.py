@@ -1,4 +1,4 @@
-"""data_prep.py as its user runs it: what it writes, and one line for every way to get it wrong."""
+"""data_prep.py as a user runs it: what it writes, and one line for every way to get it wrong."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def as_a_process(*args, **options) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def prepare(script):
-    """The same command line without the seconds that a new process spends on imports."""
+    """The same command line, without the seconds that a new process spends on imports."""
     return partial(script, "data_prep.py")
 
 
@@ -185,7 +185,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, prepare):
 
 def test_interrupted_it_leaves_the_earlier_data_set(tmp_path, made):
     out, before = tmp_path / "out", with_earlier(tmp_path, made)
-    # A test run that was itself started in the background hands down an ignored SIGINT.
+    # A test run that was itself started in the background passes on an ignored SIGINT.
     running = subprocess.Popen(
         command("--preset", "demo", "--out", out), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  no thread here holds a lock
@@ -206,7 +206,7 @@ def wait_for(path: Path, seconds: float = 120) -> None:
 
 
 def with_earlier(tmp_path: Path, made) -> dict[str, bytes]:
-    """A copy of a whole data set at `out`; its bytes by name."""
+    """Copy a whole data set to `out`; returns its bytes by name."""
     shutil.copytree(made[0], tmp_path / "out")
     return {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 

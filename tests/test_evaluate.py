@@ -22,12 +22,12 @@ BASE = Path(__file__).parents[1] / "base_model"
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A GPT-2 of two narrow layers that has learned two rows by heart, so that it writes well-formed ones, and its pattern."""
+    """A GPT-2 with two narrow layers that has memorised two rows, so that it writes well-formed ones, and its pattern."""
     if not (BASE / "tokenizer.json").is_file():
         pytest.skip("base_model/ has no tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # matrices this small only wait for each other on a busy machine
+    torch.set_num_threads(1)  # with matrices this small, threads only wait for each other on a busy machine
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=96, n_embd=32, n_layer=2, n_head=2)).eval()
     add_pattern_tokens(model, tokenizer)
@@ -77,7 +77,7 @@ def test_outline_worth_compares_with_an_outline_of_another_prompt(tiny):
 
 
 def test_unplanned_stories_stand_right_behind_an_empty_outline(tiny):
-    """Each is what the plain model would have written there, and the grammar's verdict on it is about the outline alone."""
+    """Each is what the plain model would have written there, and the grammar's verdict on it concerns the outline alone."""
     model, pattern = tiny
     args = evaluate.Args((), num=3, seed=2)
     prompts = ["Write about door 1.", "Write about door 2."]

@@ -1,4 +1,4 @@
-"""Causal models that are no GPT-2: both stages of learning, and samples that are the model's own, by the slower sampler."""
+"""Causal models other than GPT-2: both stages of learning, and samples that are the model's own, by the slower sampler."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ MADE_OF = {
 
 
 def made(config):
-    """A random model of a family, as a base: with the embedded tokenizer and none of the pattern's tokens."""
+    """A random base model of a family, with the embedded tokenizer and none of the pattern's tokens."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "base_model")
     config.vocab_size, config.initializer_range = len(tokenizer), 0.2
@@ -77,7 +77,7 @@ def test_samples_and_their_log_probabilities_are_the_models_own(family, capsys):
             own = law.gather(1, torch.tensor(one.ids)[:, None])[:, 0]
             torch.testing.assert_close(torch.tensor(one.logps), own, atol=1e-4, rtol=1e-4)
             assert one.finished == (one.ids[-1] == pattern.eos_id) and (one.finished or len(one.ids) == 25)
-    # The nucleus of the likeliest token alone: what `generate` writes without sampling.
+    # With only the likeliest token in the nucleus: what `generate` writes without sampling.
     greedy = sample(model, prefixes[:1], 1, eos_id=-1, seed=0, vocabulary=pattern.size, top_p=1e-9, max_new_tokens=20)[0][0]
     model.generation_config.eos_token_id = None
     ids = model.generate(torch.tensor(prefixes[:1]), do_sample=False, max_new_tokens=20, pad_token_id=pattern.pad_id)

@@ -18,11 +18,11 @@ WRITES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtr
 
 
 class Faults:
-    """Raises an OSError at the n-th write below a folder, as Python's audit events tell of it before it happens."""
+    """Raises an OSError at the n-th write below a folder, which Python's audit events announce before it happens."""
 
     def __init__(self):
         self.folder, self.left, self.error, self.seen = "", None, 0, 0
-        sys.addaudithook(self)  # for good: a hook cannot be taken out
+        sys.addaudithook(self)  # permanently: a hook cannot be removed
 
     def __call__(self, event: str, arguments: tuple) -> None:
         if self.left is None or event not in WRITES or self.folder not in str(arguments[0]):
@@ -47,7 +47,7 @@ FAULTS = Faults()
 
 @pytest.fixture
 def trained():
-    """A model and its optimizer after `steps` steps; and a fingerprint of both."""
+    """A model and its optimizer after `steps` steps, and a fingerprint of both."""
     model, tokenizer = tiny_gpt2(context=32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
 

@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory):
-    """A model that writes short rows of words of these three, well-formed as a rule."""
+    """A model that writes short rows, usually well-formed, in the words of these three."""
     path = tmp_path_factory.mktemp("writer") / "model"
     model, tokenizer = tiny_gpt2(context=96)
     pattern = Pattern(tokenizer)
@@ -70,14 +70,14 @@ def rows_of(done) -> list[dict]:
 
 
 def test_rows_of_a_prompt_file_end_where_json_says(tmp_path):
-    """A byte-order mark, as some editors write, is no text; a line separator inside a string ends no row."""
+    """A byte-order mark, which some editors write, is not text; a line separator inside a string does not end a row."""
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "One\u2028line."}\r\n{"prompt": "Two."}\n', "utf-8-sig")
     assert generate.read_prompts(generate.Args(prompts=path)) == ["One\u2028line.", "Two."]
 
 
 class ByLength:
-    """A reward whose highest story can be told by looking: the longer, the better."""
+    """A reward whose best story is easy to see: the longer, the better."""
 
     calibration = SimpleNamespace(quantile=lambda name, level: 100.0)
 
@@ -117,7 +117,7 @@ def test_an_outline_that_is_given_is_the_plan_of_every_story(script, writer):
 
 
 def test_a_story_goes_on_past_the_context_in_windows(script, folder):
-    """The random model does not end its rows: every window adds what the context holds beside plan and newest part."""
+    """The random model does not end its rows: every window adds what the context holds besides plan and newest part."""
     pattern = Pattern(load_model(folder)[1])
     lengths = []
     for windows in range(3):
@@ -150,7 +150,7 @@ def test_a_terminal_shows_the_story_as_it_is_written_the_outline_dimmed(script, 
 def read(terminal: int) -> bytes:
     try:
         return os.read(terminal, 1000)
-    except OSError:  # how a terminal says that the other side has gone
+    except OSError:  # how a terminal says that the other side has closed
         return b""
 
 

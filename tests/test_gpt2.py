@@ -1,4 +1,4 @@
-"""The full-size preset's code path, at GPT-2's width, vocabulary and context and two of its layers, on a processor."""
+"""The full-size preset's code path, at GPT-2's width, vocabulary and context and two of its layers, on a CPU."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory) -> Path:
-    """A random GPT-2 of two layers, as `openai-community/gpt2` stands on the hub: without a token of the pattern."""
+    """A random GPT-2 with two layers, like `openai-community/gpt2` on the hub: without the pattern's tokens."""
     folder = tmp_path_factory.mktemp("gpt2") / "base"
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(n_layer=2)).save_pretrained(folder)

@@ -18,7 +18,7 @@ def test_hacks_are_seeded_and_change_the_row(family):
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
-    """The held-out rows as a run's samples, two of each prompt: the better one is audited."""
+    """The held-out rows as a run's samples, two per prompt: the better one is audited."""
     path = tmp_path_factory.mktemp("run") / "samples.jsonl"
     rows = [row | {"step": 1, "reward": reward} for row in held_out(4) for reward in (0.5, 0.9)]
     rows[0]["story"] = rows[2]["story"] = "Worse. The end."
@@ -27,9 +27,9 @@ def logged(tmp_path_factory):
 
 
 def test_every_family_loses(script, logged):
-    """On held-out human rows, and on a run's samples, hardly a hack exceeds the reward of the row it was made from.
+    """On held-out human rows and on a run's samples, hardly any hack exceeds the reward of the row it was made from.
 
-    The calibration here is of few rows; `reward.py audit` after data_prep.py is the measurement.
+    The calibration here uses few rows; `reward.py audit` after data_prep.py is the real measurement.
     """
     arguments = ("--data", data_folder(), "--rows", "16", "--samples", logged, "--json")
     result = script("reward.py", "audit", *arguments)

@@ -1,4 +1,4 @@
-"""Data that means harm, or was made by accident: each row is cleaned or counted, each file read or refused with its place, soon."""
+"""Malicious or accidental data: each row is cleaned or counted, each file read or refused with its place, quickly."""
 
 import io
 import json
@@ -26,7 +26,7 @@ TAGS = "<eos> <story> <think> <prompt> <|endoftext|> [SEP] <pad>"
 ROW = {"prompt": "A ferryman rows at night.", "think": "He rows and she waits for him.", "story": LONG}
 SECONDS = 3.0  # for any row, on a busy machine
 
-# Units of which a text of any length can be made, each aimed at a pattern that looks ahead, back or both.
+# Units to repeat into a text of any length, each aimed at a pattern that looks ahead, back or both.
 UNITS = ["(", " '", "' ", "`", "``", "''", "* ", "*", "_a", "**a", "http://", "[ a ]( ", "[a](http://", "& ", "&amp;", "edit ",
          "edit: ", ". . . ", "\n", "\n ", " ", "- ", '" ', "thank you ", "a,'b", "a'B ", "[ WP ] ", "<newline>", "< br", "# ",
          "^", "~~", "\\*", "$ 5 ", "can not ", "gon na ", "part 2 ", "😍", "\u200b", "\u202e", "a\u0301", "漢", "/r/ab", "www.",

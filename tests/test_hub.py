@@ -1,4 +1,4 @@
-"""data_prep.py at the mission's own command, with the real hub clients, from a hub on this machine."""
+"""data_prep.py by its bare command, with the real hub clients, from a local hub."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def rows() -> list[dict]:
 
 @pytest.fixture
 def hub(rows):
-    """The stories as parquet in two splits, the outlines as jsonl, each under the columns that the real sets have."""
+    """The stories as parquet in two splits, the outlines as jsonl, each with the columns of the real sets."""
     stories = [{"prompt": f"[ WP ] {row['prompt']}", "story": row["story"]} for row in rows[20:]]
     outlines = [{"prompt": row["prompt"], "outline": row["think"], "story": row["story"]} for row in rows[:20]]
     server = Hub({

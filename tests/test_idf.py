@@ -35,7 +35,7 @@ def test_is_bert_scores_table(tokenizer):
 
 TOKENS = backend(AutoTokenizer.from_pretrained(minilm_folder()))
 VOCABULARY = TOKENS.get_vocab_size()
-# What could make a text's tokens other than those of its pieces: odd blanks, controls, marks that combine, special tokens.
+# What could make a text's tokens differ from those of its pieces: odd blanks, controls, combining marks, special tokens.
 ODD = st.sampled_from(
     [" ", "\n", "\t", "\x1c", "\x85", "\u00a0", "\u2028", "\u200b", "\u0301", "e\u0301", "[PAD]", "[SEP]", "##s"]
 )
@@ -60,7 +60,7 @@ def test_pieces_that_are_too_many_are_forgotten(tokenizer, monkeypatch):
 
 
 def test_other_tokenizers_read_whole_texts():
-    """A byte-level one joins what stands on both sides of a blank."""
+    """A byte-level one joins what is on both sides of a blank."""
     other = Tokenizer(models.WordLevel({"[UNK]": 0, "Ġcat": 1, "cat": 2}, unk_token="[UNK]"))
     other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     idf = build_idf(PreTrainedTokenizerFast(tokenizer_object=other, unk_token="[UNK]"), ["cat cat", "cat"])

@@ -19,7 +19,7 @@ LAW = {"rl": True, "dtype": torch.bfloat16, "on_cpu": False, "attention": "sdpa"
 
 @pytest.mark.parametrize("attention, dtype", [("sdpa", torch.float32), ("sdpa", torch.bfloat16), (PLAIN, torch.bfloat16)])
 def test_activations_are_what_a_forward_pass_keeps(attention, dtype):
-    """Against the bytes that autograd really saves, for the layers alone: embeddings and head are the same in both models."""
+    """Against the bytes that autograd really saves, for the layers alone: embeddings and head are equal in both models."""
     kept = []
     for layers in (2, 6):
         config = GPT2Config(n_embd=128, n_layer=layers, n_head=4, vocab_size=512, bos_token_id=0, eos_token_id=0)
@@ -32,7 +32,7 @@ def test_activations_are_what_a_forward_pass_keeps(attention, dtype):
 
         def pack(tensor, own=own, saved=saved):
             if tensor.untyped_storage().data_ptr() not in own:
-                saved[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address comes twice
+                saved[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address is reused
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -66,7 +66,7 @@ def test_what_cannot_fit_is_refused_with_both_figures():
 
 @pytest.mark.parametrize("limit, free", [("4000\n", [2600]), ("max\n", []), ("9223372036854771712\n", None)])
 def test_a_container_has_what_its_limit_leaves(tmp_path, limit, free):
-    """Of 4,000 bytes 1,500 are taken, 100 of them by pages that would be given back."""
+    """Of 4,000 bytes, 1,500 are in use, 100 of them by pages that can be reclaimed."""
     names = {
         tmp_path: ("memory.max", "memory.current", "inactive_file"),
         tmp_path / "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -84,7 +84,7 @@ def test_a_container_has_what_its_limit_leaves(tmp_path, limit, free):
 
 
 def test_freed_memory_is_kept():
-    """64 MB are had and left forty times: their pages are asked for a few times, until a place is found to stay, where plain glibc asks for them every time."""
+    """64 MB allocated and freed forty times: pages are requested a few times, then stay; by plain glibc, every time."""
     code = """
 import resource, torch
 from storygen.memory import keep_freed_memory

@@ -1,4 +1,4 @@
-"""The teacher client against a server on this machine: answers, retries, refusals, resuming."""
+"""The teacher client against a local server: answers, retries, refusals, resuming."""
 
 import contextlib
 import json
@@ -23,14 +23,14 @@ STORY = "The ferry left at nine and the river was black and he did not look at t
 
 @dataclass(frozen=True)
 class Body:
-    """A reply of status 200 and these bytes, or of none for `hang` seconds."""
+    """A reply with status 200 and these bytes, sent after `hang` seconds."""
 
     data: bytes = b""
     hang: float = 0.0
 
 
 class Server(ThreadingHTTPServer):
-    """Answers each chat request with what `script` says: a text, a `Body`, or a status to fail with; the last entry repeats."""
+    """Answers each chat request as `script` says: with a text, a `Body` or a failing status; the last entry repeats."""
 
     daemon_threads = True
 

@@ -20,11 +20,11 @@ def test_advantages_by_hand():
 
 
 def test_decoupled_advantages_by_hand():
-    """Each part counts by its weight alone, however small its spread beside the others'."""
+    """Each part counts by its weight alone, however small its spread compared with the others'."""
     big, small = torch.tensor([[1.0, 0.0], [3.0, 3.0]]), torch.tensor([[0.0, 0.01], [0.02, 0.0]])
     weights = torch.tensor([0.75, 0.25])
     parts = torch.stack([big, small])
-    z = 0.5 / (math.sqrt(0.5) + 1e-4)  # two samples one apart, in their own deviations
+    z = 0.5 / (math.sqrt(0.5) + 1e-4)  # two samples 1 apart, in units of their own deviation
     thin = 0.005 / (0.01 * math.sqrt(0.5) + 1e-4), 0.01 / (0.02 * math.sqrt(0.5) + 1e-4)
     a = 0.75 * z - 0.25 * thin[0]
     summed = torch.tensor([[a, -a], [0.25 * thin[1], -0.25 * thin[1]]])
@@ -92,7 +92,7 @@ def test_gradient_stops_outside_the_clip_range():
 
 
 def test_kl_term_is_an_unbiased_estimate():
-    """Mean of ratio * k3 over samples of the old law equals the exact KL of the new law to the reference."""
+    """Mean of ratio * k3 over samples of the old policy equals the exact KL of the new policy to the reference."""
     generator = torch.Generator().manual_seed(1)
     new, old, ref = (torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(0) for _ in range(3))
     exact = (new.exp() * (new - ref)).sum()

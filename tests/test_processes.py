@@ -1,4 +1,4 @@
-"""What two processes learn from is what one does. Run by torchrun, this file is each of the two."""
+"""Two processes sample and learn the same as one. Run by torchrun, this file is each of the two."""
 
 import copy
 import os
@@ -37,7 +37,7 @@ def learnt() -> tuple[torch.Tensor, dict[str, float], list[list[int]]]:
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_samples_gradient_and_metrics_are_those_of_one_process(tmp_path, processes):
-    """Two minibatches of three prompts: in one of them a process has nothing to do."""
+    """Two minibatches of three prompts: in one of them, one process has nothing to do."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), __file__, str(tmp_path)]
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}

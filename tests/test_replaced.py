@@ -24,7 +24,7 @@ def probe():
 
 @pytest.mark.parametrize("disturb", DISTURBANCES)
 def test_disturbances_mark_what_they_change(disturb):
-    """Without the marked words, what is left stands in the original order; the same seed disturbs the same way."""
+    """Without the marked words, the rest is in the original order; the same seed disturbs the same way."""
     row, other = ([f"{name}{i}" for i in range(60)] for name in "ab")
     marked = disturb(row, other, random.Random(3))
     assert marked == disturb(row, other, random.Random(3))
@@ -62,7 +62,7 @@ def test_a_word_gives_its_weight_to_its_best_match():
 
 
 def test_thrown_in_words_are_found(probe, encoder):
-    """On held-out stories: the text with words thrown in always belongs less, and those words far less than the others."""
+    """On held-out stories: a text with words thrown in always belongs less, and those words far less than the others."""
     idf = Idf.load(data_folder() / "idf.npz", encoder.tokenizer).capped(CAP)
     rows = held_out(12)
     strewn = [hack("strewn_outline_words", rows, i) for i in range(len(rows))]

@@ -232,7 +232,7 @@ def test_the_browser_draws_every_section(tmp_path):
 
 
 def test_the_browsers_filters_work_by_click(tmp_path):
-    """Everything a reader may press, pressed by a script at the page's end; what the page then holds."""
+    """Everything a reader can click, clicked by a script at the page's end, and what the page then holds."""
     page = write_report(write_run(tmp_path / "run"))
     presses = """<script>{
       const say = (text) => document.body.append(Object.assign(document.createElement("pre"), { textContent: text }));

@@ -56,7 +56,7 @@ def test_formula_by_hand(reward, raw):
 
 
 def test_recalls_are_those_of_the_texts(reward, raw):
-    """The prompt's as bert-score's; the outline's with every cosine times the chance that the answering word belongs."""
+    """The prompt's as in bert-score; the outline's with each cosine times the probability that the answer belongs."""
     prompt, x, y = reward.encoder.embed([ROWS[0]["prompt"], ROWS[0]["think"], ROWS[0]["story"]])
     table = reward.idf.capped(CAP)
     assert raw["prompt_story:sublinear"] == pytest.approx(recall(prompt, y, table), abs=1e-6)
@@ -272,7 +272,7 @@ def test_explain_as_a_page(script, tmp_path):
         if number == 2:
             assert "malformed: two_story_tags" in text
             continue
-        # The texts stand there whole, each answered outline word points at a story word that is there.
+        # The texts appear in full, and each answered outline word points at a story word that exists.
         plain = {name: html.unescape(re.sub(r"<[^>]+>", "", re.search(f'id="{name}">(.*?)</div>', text, re.DOTALL)[1]))
                  for name in ("think", "story")}  # fmt: skip
         assert plain == {"think": rows[0]["think"], "story": rows[0]["story"]}
@@ -312,7 +312,7 @@ def test_rescore(script, tmp_path, reward):
 
 @pytest.mark.parametrize("tf", ["raw", "binary"])
 def test_another_tf_needs_no_encoder(reward, tf):
-    """What was logged under the default tf, combined under another one, is what scoring anew under that one gives."""
+    """What was logged under the default tf, combined under another one, equals scoring anew under that one."""
     samples = [Sample(row["prompt"], row["think"], ROWS[(i + i % 2) % 6]["story"], True) for i, row in enumerate(ROWS[:6])]
     config = RewardConfig(correlation=Correlation(tf=tf))
     anew = Reward(config, reward.calibration, reward.idf, reward.encoder)(samples, 200)
@@ -342,7 +342,7 @@ def test_without_an_outline_the_outline_does_not_matter(reward):
 
 @pytest.mark.parametrize("change, verdict", [({}, "ok"), ({"room": 16.0}, "ok"), ({"copied": 0.9}, "ok"), ({}, "no_eos")])
 def test_what_a_sample_earns_by_its_parts_adds_up_to_its_reward(reward, raw, change, verdict):
-    """By the parts' weights: guards, overlong penalty and malformed score fall on every part alike."""
+    """By the parts' weights: guards, overlong penalty and malformed score affect every part alike."""
     score = reward.combine(raw | change if verdict == "ok" else {}, verdict, 300)
     earned = part_rewards(score, reward.config)
     assert np.dot(earned, list(reward.config.weights().values())) == pytest.approx(score.reward, abs=1e-9)

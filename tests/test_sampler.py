@@ -21,7 +21,7 @@ def flat(results):
 
 @pytest.mark.parametrize("onednn, activation", [(True, "gelu_new"), (False, "gelu_new"), (True, "relu")])
 def test_logps_equal_a_full_unpadded_forward(tiny, monkeypatch, onednn, activation):
-    if not onednn:  # as where torch was built without it, and on a GPU: plain products
+    if not onednn:  # as if torch was built without it, and on a GPU: plain products
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     model, _, pattern = tiny
     prefixes = [pattern.prefix(p) for p in PROMPTS]
@@ -92,7 +92,7 @@ def test_samples_do_not_depend_on_how_many_rows_run_beside_them(tiny):
 
 
 def test_distribution_of_tokens_equals_the_models_law(tiny):
-    """Chi-square over the first two tokens of 6,000 draws at temperature 0.3, against the softmax of plain forward passes."""
+    """Chi-square over the first two tokens of 6,000 draws at temperature 0.3, against the softmax of plain forwards."""
     model, _, pattern = tiny
     prefix = pattern.prefix("Rain")
     drawn = flat(sample(model, [prefix], 6000, eos_id=-1, seed=0, max_rows=2000, temperature=0.3, max_new_tokens=2))
@@ -112,7 +112,7 @@ def test_distribution_of_tokens_equals_the_models_law(tiny):
 
 
 def test_distribution_of_tokens_equals_generates(tiny):
-    """Two samples of 4,000 rows of three tokens, from `generate` of transformers and from ours, place by place."""
+    """Two samples of 4,000 rows of three tokens, from `generate` of transformers and from ours, position by position."""
     model, _, pattern = tiny
     prefix = pattern.prefix("Rain")
     ours = np.array(
@@ -162,9 +162,9 @@ def test_prompt_that_fills_the_context_is_refused(tiny):
 
 @pytest.mark.parametrize("slots, top_p", [(1, 1.0), (5, 0.9), (64, 1.0)])
 def test_the_gpus_loop_draws_the_same_tokens(tiny, slots, top_p):
-    """Run on the processor, without graphs: rows that end early, at their room, and slots that are filled again.
+    """Run on the CPU, without graphs: rows that end early, rows that fill their room, and slots that are refilled.
 
-    Rounding turns a draw in some thousands between two neighbours in the vocabulary, and the row goes another way from there.
+    Rounding turns one draw in some thousands into its neighbour in the vocabulary, and the row differs from there on.
     """
     model, _, pattern = tiny
     prefixes = [*(pattern.prefix(p) for p in PROMPTS), [7], pattern.prefix("A lamp " * 60)]

@@ -1,4 +1,4 @@
-"""A model folder served by `transformers serve`, which knows nothing of this project, and asked through the openai client."""
+"""A model folder served by `transformers serve`, which knows nothing of this project, and queried by the openai client."""
 
 import socket
 import subprocess
@@ -29,7 +29,7 @@ def teacher(tmp_path_factory) -> Teacher:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, teacher):
-    """(url, model) of a server with a model that knows two rows by heart: one as trained, one whose prompt is the teacher's."""
+    """(url, model) of a server whose model has memorised two rows: one as trained, one whose prompt is the teacher's."""
     folder = tmp_path_factory.mktemp("served") / "model"
     model, tokenizer = tiny_gpt2(context=1024)
     pattern = Pattern(tokenizer)

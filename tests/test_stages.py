@@ -231,7 +231,7 @@ def test_a_stopped_run_can_be_ended_where_it_is(whole_run, zeroshot, home, scrip
 
 
 def test_a_model_without_a_story_to_its_name_has_a_length_target_too(script, home):
-    """Its outlines run to the context's end, and there is one prompt: no room is left beside them."""
+    """Its outlines run to the end of the context, and there is one prompt: they leave no room."""
     out = home / "no_story"
     done = script("rl_train.py", "--data", home / "data", "--model", home / "oneshot", "--out", out, *RL,
                   "--eval-prompts", "1", "--steps", "1")  # fmt: skip
@@ -243,7 +243,7 @@ def test_a_model_without_a_story_to_its_name_has_a_length_target_too(script, hom
     ("signals", "code"), [([signal.SIGKILL], -9), ([signal.SIGTERM], 143), ([signal.SIGINT, signal.SIGINT], 130)]
 )
 def test_killed_run_resumes_to_the_same_bytes(whole_run, zeroshot, home, signals, code):
-    """The second Ctrl-C comes while the first is being answered: in the midst of a checkpoint, as a rule."""
+    """The second Ctrl-C comes while the first is being handled: usually in the middle of a checkpoint."""
     out = home / f"rl_{signals[-1].name}"
     arguments = ["--data", home / "data", "--model", zeroshot, "--out", out, "--resume", *RL]
     command = [sys.executable, str(ROOT / "rl_train.py"), *map(str, arguments)]
@@ -285,7 +285,7 @@ finally:
 
 @pytest.mark.parametrize(("call", "step"), [(3, 1), (4, 2)])
 def test_a_signal_while_it_learns_ends_the_step_only_where_weights_have_changed(whole_run, zeroshot, home, call, step):
-    """Two minibatches a step, of one loss each: the third call stands before the second step's first change, the fourth after."""
+    """Two minibatches per step, one loss each: the third call is before the second step's first change, the fourth after."""
     arguments = ["--data", home / "data", "--model", zeroshot, "--out", home / f"rl_call_{call}", "--resume", *RL]
     done = launch("-c", SIGNALLED, call, *arguments)
     assert done.returncode == 143 and f"stopped at step {step};" in done.stderr and f"losses {call}" in done.stdout
@@ -296,7 +296,7 @@ def test_a_signal_while_it_learns_ends_the_step_only_where_weights_have_changed(
 
 
 def test_two_processes_and_then_one_take_the_steps_of_one(whole_run, zeroshot, home):
-    """To rounding, which may turn a draw between two words: step 1's samples are equal, all later ones have equal prompts."""
+    """Up to rounding, which may turn a draw into another word: step 1's samples are equal, later ones have equal prompts."""
     out = home / "rl_shared"
     arguments = ["--data", home / "data", "--model", zeroshot, "--out", out, "--resume", *RL]
     done = launch("-m", "torch.distributed.run", "--nproc-per-node", 2, ROOT / "rl_train.py", *arguments, "--steps", 2)
@@ -354,7 +354,7 @@ def test_a_second_process_on_the_same_folder_is_refused(script, zeroshot, home, 
     assert done.returncode == 2 and f"{out} is being written by process {holder.pid}" in done.stderr and not out.exists()
     holder.kill()
     holder.wait()
-    claim(out).close()  # the kernel has let go
+    claim(out).close()  # the kernel has released the lock
 
 
 def test_interrupted_fine_tuning_goes_on_to_the_same_bytes(home, zeroshot):

@@ -1,4 +1,4 @@
-"""Log-probabilities, batches and checkpoints: what fine-tuning and RL stand on."""
+"""Log-probabilities, batches and checkpoints: the basis of fine-tuning and RL."""
 
 import json
 
@@ -59,7 +59,7 @@ def test_fine_tuning_that_runs_out_of_memory_takes_the_same_step_in_smaller_pass
     def learn(micro: list[Row], most: int = 10**6) -> tuple[float, float]:
         loss, weight = loss_sum(model, micro, pattern, torch.float32)
         loss.backward()
-        if len(micro) * max(len(row.ids) for row in micro) > most:  # with the gradient half made
+        if len(micro) * max(len(row.ids) for row in micro) > most:  # with the gradient half computed
             raise torch.OutOfMemoryError
         return loss.item(), weight
 

@@ -1,4 +1,4 @@
-"""Where our definitions meet TRL's, the same tensors give the same numbers."""
+"""Where our definitions match TRL's, the same tensors give the same numbers."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def by_prompt(values) -> torch.Tensor:
     ],
 )
 def test_advantages(tmp_path, kind, settings, mode):
-    """RLOO's are ours but for the scale: ours divides by the batch's deviation from the prompts' means."""
+    """RLOO's equal ours except for the scale: ours divides by the batch's deviation from the prompts' means."""
     theirs = trainer(kind, tmp_path, **settings)._generate_and_score_completions([{"prompt": p} for p in PROMPTS])
     theirs, ours = theirs["advantages"].view(2, 4), advantages(by_prompt(REWARDS), mode)
     if mode == "loo":
@@ -60,7 +60,7 @@ def test_loss_and_gradient(tmp_path, drift):
     theirs = trainer(
         "grpo", tmp_path, loss_type="dapo", epsilon=0.2, epsilon_high=0.28, delta=3.0, use_bias_correction_kl=True
     )  # fmt: skip
-    theirs.beta = 0.3  # given at the start, it would look for a reference model by name
+    theirs.beta = 0.3  # given in the config, it would look for a reference model by name
     model, tokenizer = theirs.model, theirs.processing_class
     prompt, width = [100, 101, 102], max(map(len, RESPONSES))
     generator = torch.Generator().manual_seed(0)

@@ -44,7 +44,7 @@ def flat(model):
 
 
 def test_one_epoch_and_minibatch_is_reinforce(tiny, batch):
-    """Against d/dw of mean A ln p, by a plain unpadded forward of every row: eos inside the mean, nothing of the prompt."""
+    """Against d/dw of mean A ln p, by a plain unpadded forward of every row: eos inside the mean, the prompt outside."""
     model, _, pattern = tiny
     plain = copy.deepcopy(model)
     terms = []
@@ -94,7 +94,7 @@ def test_a_step_that_moves_too_far_stops(tiny, batch):
 
 
 def test_old_log_probabilities_are_those_before_the_first_step(tiny, batch):
-    """Two minibatches: the second meets weights that the first has moved, and its ratios say so."""
+    """Two minibatches: the second meets weights that the first has moved, and its ratios show it."""
     _, one = updated(tiny, batch)
     _, two = updated(tiny, batch, minibatches=2)
     assert two["policy/updates"] == 2 and two["policy/approx_kl"] > 1e-5
@@ -115,7 +115,7 @@ def test_samples_of_another_policy_are_refused_before_anything_changes(tiny, bat
 
 
 def a_step(words: int, prose: float, verdict: str = "ok") -> tuple[list[Sample], list[Score]]:
-    """Eight stories of so many words that earn nothing but by prose."""
+    """Eight stories of `words` words whose only varying part is prose."""
     parts = dict.fromkeys(RewardConfig().weights(), 0.0) | {"length": 1.0, "prose": prose}
     score = Score(0.5, verdict, parts, dict.fromkeys(GUARDS, 1.0), {})
     return [Sample("A dog.", "It barks.", "word " * words, True)] * 8, [score] * 8

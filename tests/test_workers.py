@@ -6,7 +6,7 @@ from loky import cpu_count
 
 from storygen.workers import AT_HOME, in_processes
 
-FIRST = 10 * AT_HOME  # items that the parent works on itself
+FIRST = 10 * AT_HOME  # items that the parent processes itself
 
 
 def with_process(batch: list[int]) -> list[tuple[int, int]]:
