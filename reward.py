@@ -35,6 +35,7 @@ from storygen.calibration import (
     token_weightings,
 )
 from storygen.cli import InputError, check_flags, pick_device, run, write_atomically
+from storygen.corpus import load_sft, spread
 from storygen.explain import write_page
 from storygen.hacks import FAMILIES, hack
 from storygen.idf import Idf
@@ -236,7 +237,7 @@ class Reward:
             return clip(1 - (human.quantile(measure, 100 - guard.level) - raw[measure]) / guard.slack)
 
         def ratio(measure: str, guard: Guard) -> float:
-            low, high = human.quantile(measure, 100 - guard.level), human.quantile(measure, guard.level)
+            low, high = max(1.0, human.quantile(measure, 100 - guard.level)), human.quantile(measure, guard.level)
             return clip(1 - max(1 - raw[measure] / low, raw[measure] / high - 1) / guard.slack)
 
         def power(measure: str, guard: Power) -> float:
@@ -351,6 +352,8 @@ def sample_of(row: dict[str, Any]) -> Sample:
 
 
 def score_rows(args: ScoreRows) -> None:
+    if args.out and args.out.is_dir():
+        raise InputError(f"--out {args.out} is a folder: name a file")
     rows = read_rows(args.rows)
     reward = Reward.load(args.data, args.reward, pick_device(args.device))
     scores = reward([sample_of(row) for row in rows], target_of(args, reward))
@@ -405,7 +408,7 @@ def rescore(args: Rescore) -> None:
     scores = []
     for row in rows:
         verdict = verdict_of(sample := sample_of(row))
-        raw = reward.measure_text(sample) | row["raw"] if verdict == "ok" else {}
+        raw = row["raw"] | reward.measure_text(sample) if verdict == "ok" else {}
         scores.append(reward.combine(raw, verdict, target_of(args, reward, row)))
     old, new = np.array([row["reward"] for row in rows]), np.array([score.reward for score in scores])
     print(args.reward.effective())
@@ -420,18 +423,15 @@ def rescore(args: Rescore) -> None:
 
 
 def audit(args: Audit) -> None:
-    import pyarrow.parquet as pq
-
-    path = args.data / "sft.parquet"
-    if not path.exists():
-        raise InputError(f"{path} is missing: run data_prep.py first")
-    honest = {"human rows": [r | {"finished": True} for r in pq.read_table(path).to_pylist() if r["split"] != "train"]}
-    honest["human rows"] = honest["human rows"][: args.rows]
+    held_out = [row for split in ("validation", "test") for row in load_sft(args.data, split)]
+    honest = {"human rows": [row | {"finished": True} for row in spread(held_out, args.rows)]}
     if args.samples:
         honest["samples"] = best_of_prompts(read_rows(args.samples, {"reward": float}), args.rows, args.seed)
     for kind, rows in honest.items():
         if len(rows) < 2:
-            raise InputError(f"{args.samples if kind == 'samples' else path} holds {len(rows)} {kind}; the audit needs 2")
+            raise InputError(
+                f"{args.samples if kind == 'samples' else args.data} holds {len(rows)} {kind}; the audit needs 2"
+            )
     reward = Reward.load(args.data, args.reward)
     target = target_of(args, reward)
     if not args.json:

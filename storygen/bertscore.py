@@ -193,8 +193,8 @@ def load_encoder(
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
         model = AutoModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
+    except Exception as error:  # noqa: BLE001  transformers, safetensors, tokenizers and the hub client each raise their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise InputError(f"encoder {name} cannot be loaded ({reason}); --encoder minilm works offline") from None
     finally:
         logging.set_verbosity(verbosity)

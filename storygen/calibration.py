@@ -195,7 +195,8 @@ def calibrate(
     values["order"], values["think_order"] = crossed_order(texts, thinks), crossed_order(thinks, texts)
     panel = rows[-PANEL:]
     tables = {True: idf.capped(CAP), False: idf.weights}
-    unseen = (rows[MAX_ROWS:] or rows)[: PROBE_TEXTS // 2]
+    # Beyond the encoded rows where there are enough, else with as many of those as it takes.
+    unseen = rows[max(0, min(MAX_ROWS, len(rows) - PROBE_TEXTS // 2)) :][: PROBE_TEXTS // 2]
     probe = fit_probe([row[field] for row in unseen for field in ("think", "story")], encoder, tables[True], seed)
     coded = {field: encoder.embed([row[field] for row in paired]) for field in ("prompt", "think", "story")}
     homes = [home_measures(probe, encoder, tables[True], x, y) for x, y in zip(coded["think"], coded["story"], strict=True)]

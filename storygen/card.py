@@ -38,7 +38,8 @@ def write_card(
         for origin, source in manifest["sources"].items()
         if origin in counts
     ]
-    ours = manifest["preset"] == "demo" and all(source["from"] == "corpus" for source in manifest["sources"].values())
+    own_data = manifest["preset"] == "demo" and all(source["from"] == "corpus" for source in manifest["sources"].values())
+    ours = own_data and licence_of(config["model"]) == "cc0-1.0"
     data = ModelCardData(
         language="en", library_name="transformers", pipeline_tag="text-generation", tags=["story-gen", "story-generation"],
         license="cc0-1.0" if ours else None, datasets=[s["name"] for s in manifest["sources"].values() if "name" in s] or None,
@@ -50,6 +51,14 @@ def write_card(
         licence="Base model and data are CC0, and so is this." if ours else "Its licence is that of its base model and its data.",
     )  # fmt: skip
     (folder / "README.md").write_text(str(card), "utf-8")
+
+
+def licence_of(model: str) -> str | None:
+    """The licence that a model folder's card names; None for a folder without, and for a name on the hub."""
+    from huggingface_hub import ModelCard
+
+    card = Path(model) / "README.md"
+    return ModelCard.load(card).data.license if card.is_file() else None
 
 
 def before_and_after(run_dir: Path, prompts: int) -> list[tuple[str, str]]:

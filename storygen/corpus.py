@@ -171,9 +171,11 @@ def _load(data_dir: Path | str, name: str, columns: list[str], split: str) -> li
 
 
 def _typed(record: dict, found: dict[str, str], dropped: Counter) -> Iterator[dict]:
-    """The record as a row, or nothing and a count in `dropped` if one of its values is not text."""
+    """The record as a row, or nothing and a count in `dropped` if its prompt or story is not text. No outline is no fault."""
     row = {role: record[found[role]] if role in found else None for role in ROLES}
-    if all(isinstance(row[role], str) for role in found):
+    if not isinstance(row["think"], str):
+        row["think"] = None
+    if all(isinstance(row[role], str) for role in found if role != "think"):
         yield row
     else:
         dropped["wrong_type"] += 1

@@ -17,6 +17,7 @@ import numpy as np
 PROMPT_OVERLAP = 0.5
 STORY_OVERLAP = 0.5
 STORY_BINS = 16
+EMPTY = np.iinfo(np.uint32).max  # a bin that none of a short story's runs fell into
 PROMPTS_AT_ONCE, PAIRS_AT_ONCE = 1024, 1 << 18  # some 100 MB
 RANK = {"test": 0, "validation": 1, "train": 2}
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
@@ -55,7 +56,7 @@ def story_sketch(words: Sequence[str]) -> np.ndarray:
     for i in range(5):
         runs = (runs * np.uint64(0x9E3779B1) + words[i : len(words) - 4 + i]) & np.uint64(0xFFFFFFFFFFFF)
     runs = (runs * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(24)
-    sketch = np.full(STORY_BINS, np.iinfo(np.uint32).max, dtype=np.uint32)
+    sketch = np.full(STORY_BINS, EMPTY, dtype=np.uint32)
     np.minimum.at(sketch, (runs % np.uint64(STORY_BINS)).astype(int), (runs >> np.uint64(8)).astype(np.uint32))
     return sketch
 
@@ -70,11 +71,15 @@ def crossing_stories(sketches: np.ndarray, splits: Sequence[str]) -> set[int]:
         shared = np.flatnonzero(np.diff(starts) > 1)
         for start, end in zip(starts[shared], starts[shared + 1], strict=True):
             rows = order[start:end]
+            if column[rows[0]] == EMPTY:
+                continue
             if rank[rows].min() == rank[rows].max():
                 continue
             for i in rows:
                 better = rows[rank[rows] < rank[i]]
-                if ((sketches[better] == sketches[i]).mean(axis=1) >= STORY_OVERLAP).any():
+                filled = (sketches[better] != EMPTY) | (sketches[i] != EMPTY)
+                alike = (sketches[better] == sketches[i]) & filled
+                if (alike.sum(axis=1) >= STORY_OVERLAP * filled.sum(axis=1)).any():
                     dropped.add(int(i))
     return dropped
 

@@ -1,7 +1,7 @@
 """The hack zoo: cheap ways to a high score, each as a pure function from an honest row to a hacked one.
 
 A family takes a row {prompt, think, story, finished}, another row of the same corpus and a generator, and returns a new row.
-`audit` in reward.py measures for each family how often the hack scores at least as much as the row it was made from.
+`audit` in reward.py measures for each family how often the hack scores higher than the row it was made from.
 """
 
 import random
@@ -87,13 +87,13 @@ def prompt_eight_times(row: Row, other: Row, rng: random.Random) -> Row:
 
 
 def keyword_salad(row: Row, other: Row, rng: random.Random) -> Row:
-    pool = content(row["think"]) + content(row["prompt"])
+    pool = content(row["think"]) + content(row["prompt"]) or ["it"]
     return row | {"story": " ".join(rng.choice(pool) for _ in range(size(row)))}
 
 
 def salad_with_stop_words(row: Row, other: Row, rng: random.Random) -> Row:
-    pool = content(row["think"]) + content(row["prompt"])
-    little = [word for word in words(other["story"]) if word in STOP_WORDS]
+    pool = content(row["think"]) + content(row["prompt"]) or ["it"]
+    little = [word for word in words(other["story"]) if word in STOP_WORDS] or ["the"]
     return row | {"story": " ".join(rng.choice(pool if rng.random() < 0.42 else little) for _ in range(size(row)))}
 
 
@@ -119,7 +119,10 @@ def varied_loop(row: Row, other: Row, rng: random.Random) -> Row:
     """One sentence repeated with every second word redrawn, so that hardly any word pair occurs twice."""
     frame = max(sentences(row["story"]), key=len).split()
     pool = content(row["story"]) or frame
-    lines = [" ".join(word if i % 2 else rng.choice(pool) for i, word in enumerate(frame)) for _ in range(size(row))]
+    lines = [
+        " ".join(word if i % 2 else rng.choice(pool) for i, word in enumerate(frame))
+        for _ in range(size(row) // len(frame) + 1)
+    ]
     return row | {"story": fill(lines, size(row))}
 
 

@@ -67,13 +67,16 @@ def ask(rows: list[dict], teacher: Teacher, progress: Callable[[], None] = lambd
     for _ in range(len(rows) - len(missing)):
         progress()
     if missing:
-        client = openai.OpenAI(
-            base_url=teacher.url,
-            # Local servers take any key, but the client insists on one.
-            api_key=os.environ.get("OPENAI_API_KEY") or "none",
-            max_retries=teacher.retries,
-            timeout=teacher.timeout,
-        )
+        try:
+            client = openai.OpenAI(
+                base_url=teacher.url,
+                # Local servers take any key, but the client insists on one.
+                api_key=os.environ.get("OPENAI_API_KEY") or "none",
+                max_retries=teacher.retries,
+                timeout=teacher.timeout,
+            )
+        except Exception as error:  # noqa: BLE001  the client's and its HTTP library's own, for what is no address
+            raise InputError(f"--teacher-url {teacher.url}: {_first_line(error)}") from None
 
         def answer(row: dict) -> str | None:
             messages = [{"role": "user", "content": teacher.question(row)}]
@@ -81,7 +84,8 @@ def ask(rows: list[dict], teacher: Teacher, progress: Callable[[], None] = lambd
                 reply = client.chat.completions.create(
                     model=teacher.model, messages=messages, temperature=0.7, max_tokens=MAX_ANSWER_TOKENS
                 )
-                return reply.choices[0].message.content
+                choice = reply.choices[0]
+                return None if choice.finish_reason == "length" else choice.message.content
             except (ValueError, TypeError, AttributeError, LookupError):  # cut off, or no chat completion at all
                 return None
 
@@ -91,13 +95,21 @@ def ask(rows: list[dict], teacher: Teacher, progress: Callable[[], None] = lambd
                 f"{len(answers)} answers are kept in {teacher.cache}, run again to go on"
             )
 
+        if teacher.cache.is_dir():
+            raise InputError(f"--teacher-cache {teacher.cache} is a folder: name a file")
         teacher.cache.parent.mkdir(parents=True, exist_ok=True)
-        pool = ThreadPoolExecutor(teacher.concurrency)
+        pool, received = ThreadPoolExecutor(teacher.concurrency), len(answers)
         try:
             with client, open(teacher.cache, "a", encoding="utf-8") as cache:
                 if cache.tell() and not _ends_a_line(teacher.cache):
                     cache.write("\n")
                 futures = {pool.submit(answer, row): key for key, row in missing.items()}
+
+                def keep(key: str, text: str) -> None:
+                    answers[key] = text
+                    cache.write(json.dumps({"key": key, "answer": text}) + "\n")
+                    cache.flush()
+
                 for future in as_completed(futures):
                     try:
                         text = future.result()
@@ -105,7 +117,7 @@ def ask(rows: list[dict], teacher: Teacher, progress: Callable[[], None] = lambd
                         raise InputError(f"teacher {teacher.url}, model {teacher.model}: {_first_line(error)}") from None
                     except openai.APITimeoutError as error:
                         counts["request_failed"] += 1
-                        if not answers and counts["request_failed"] >= teacher.concurrency:
+                        if len(answers) == received and counts["request_failed"] >= teacher.concurrency:
                             raise silent(error) from None
                     except openai.APIConnectionError as error:
                         raise silent(error) from None
@@ -113,9 +125,7 @@ def ask(rows: list[dict], teacher: Teacher, progress: Callable[[], None] = lambd
                         counts["request_failed"] += 1
                     else:
                         if text:
-                            answers[futures[future]] = text
-                            cache.write(json.dumps({"key": futures[future], "answer": text}) + "\n")
-                            cache.flush()
+                            keep(futures[future], text)
                         else:
                             counts["no_answer"] += 1
                     progress()

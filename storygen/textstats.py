@@ -20,7 +20,7 @@ TOKEN = re.compile(WORD.pattern + r"|[.!?…]+|[,;:–—]")
 UNSEEN = re.compile("[\u0300-\u036f\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
 # Speech: double quotes to their partner or the line's end (a paragraph is a line here); single ones only where closed
 # after punctuation, because an apostrophe is the same character.
-SPEECH = re.compile(r'“[^”\n]*|«[^»\n]*|"[^"\n]*"?|(?<!\w)[\'‘](?=\w)[^\n]*?[.,!?…—-][\'’](?!\w)')
+SPEECH = re.compile(r'“[^”\n]*|«[^»\n]*|"[^"\n]*"?|(?<!\w)[\'‘](?=\w)[^\n]{0,1000}?[.,!?…—-][\'’](?!\w)')
 SCRIPT = re.compile(r"^[ \t]*[A-Z][\w.'’-]*(?: [A-Z][\w.'’-]*){0,2}(?: \([^)\n]*\))?:[ \t]+\S.*$", re.MULTILINE)
 
 PRIOR = 5.0

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,9 +112,11 @@ def word_of_token(encoder: Encoder, text: str) -> list[tuple[int, str] | None]:
     """For each token of an `Embedded`, the word it is a piece of as (start, word); None for special tokens."""
     text = text.strip()
     spans = [(m.start(), m.end()) for m in ts.TOKEN.finditer(text)]
+    ends = [b for _, b in spans]
     words: list[tuple[int, str] | None] = []
     for start, end in encoder.backend.encode(text, add_special_tokens=False).offsets:
-        span = next(((a, b) for a, b in spans if a < end and start < b), (start, end))
+        at = bisect_right(ends, start)  # the first span that ends behind the token's start
+        span = spans[at] if at < len(spans) and spans[at][0] < end else (start, end)
         words.append((span[0], text[span[0] : span[1]]))
     return [*(None for _ in encoder.prefix), *words, *(None for _ in encoder.suffix)]
 

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from storygen.card import push, write_card
 from storygen.checkpoint import save_model
 from storygen.cli import InputError
-from tests.conftest import tiny_gpt2
+from tests.conftest import ROOT, tiny_gpt2
 
 MANIFEST = {
     "preset": "demo",
@@ -43,10 +43,15 @@ def test_a_card_says_what_the_hub_and_its_readers_ask(folder):
     assert "somebody" not in card.text
 
 
-def test_a_model_of_the_embedded_data_is_free_for_all(tmp_path):
-    ours = {"outlines": {"from": "corpus"}, "source": {"from": "corpus", "same_as": "outlines"}}
-    write_card(tmp_path, "A writer", CONFIG, MANIFEST | {"sources": ours}, [], None)
-    assert ModelCard.load(tmp_path / "README.md").data.license == "cc0-1.0"
+def test_a_model_of_the_embedded_data_is_free_for_all_if_its_base_is(tmp_path):
+    """The next stage learns it from the card of the one before."""
+    manifest = MANIFEST | {"sources": {"outlines": {"from": "corpus"}, "source": {"from": "corpus", "same_as": "outlines"}}}
+    for base, licence in ((str(ROOT / "base_model"), "cc0-1.0"), ("openai-community/gpt2", None)):
+        stages = tmp_path / str(licence) / "one", tmp_path / str(licence) / "two"
+        for start, folder in zip((base, str(stages[0])), stages):
+            folder.mkdir(parents=True)
+            write_card(folder, "A writer", CONFIG | {"model": start}, manifest, [], None)
+            assert ModelCard.load(folder / "README.md").data.license == licence
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -278,6 +278,11 @@ def test_values_of_a_wrong_type_are_counted_not_fatal(tmp_path):
     dropped = Counter()
     rows = list(read_rows(path, dropped=dropped))
     assert len(rows) == 1 and dropped["wrong_type"] == len(odd)
+    # A row without an outline is a row, however its format says so.
+    path = write_jsonl(
+        tmp_path / "b.jsonl", *({"prompt": "ok", "story": "fine", "plan": plan} for plan in (None, ["x"], "a b"))
+    )
+    assert [row["think"] for row in read_rows(path, dropped=dropped)] == [None, None, "a b"]
     clean, reason = clean_row({**rows[0], "prompt": rows[0]["prompt"] + " and c d", "story": LONG + "\ud800\x00"}, Bounds())
     assert reason is None and split_of(clean["prompt"]) and clean["prompt"] == "ab and c d"
 
@@ -357,6 +362,10 @@ def test_a_reposted_story_is_found_and_others_are_not():
     sketches = np.stack([story_sketch(words_of(s)) for s in [*stories, reposted, "too short"]])
     splits = ["train", *["test", "validation"] * 99, "train", "validation", "test"]
     assert crossing_stories(sketches, splits) == {0}
+    # Of a short story most bins stay empty, which is nothing in common.
+    short = [" ".join(f"w{rng.randrange(500)}" for _ in range(8)) for _ in range(60)]
+    sketches = np.stack([story_sketch(words_of(s)) for s in [*short, short[0]]])
+    assert crossing_stories(sketches, ["train"] + ["test", "validation"] * 30) == {0}
 
 
 def test_the_store_counts_every_row(tmp_path):

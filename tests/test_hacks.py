@@ -16,6 +16,14 @@ def test_hacks_are_seeded_and_change_the_row(family):
     assert one["prompt"] == rows[1]["prompt"]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_stop_words_alone_and_of_none_can_be_hacked(family):
+    plain = {"prompt": "What have you done?", "think": "It was you.", "story": "Who was it?", "finished": True}
+    terse = {"prompt": "Dragons fly.", "think": "Dragons fly.", "story": "Dragons fly.", "finished": True}
+    for i in (0, 1):
+        assert hack(family, [plain, terse], i, seed=3).keys() >= {"prompt", "think", "story"}
+
+
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
     """The held-out rows as a run's samples, two per prompt: the better one is audited."""

@@ -184,6 +184,31 @@ def test_an_endpoint_that_only_hangs_is_told_before_every_row_has_waited(serve, 
     assert len(server.requests) <= 6
 
 
+def test_an_endpoint_that_hangs_when_the_run_goes_on_is_told_too(serve, tmp_path):
+    asking = teacher(serve(PLAN), tmp_path)
+    ask(rows(1), asking)
+    server = serve(Body(hang=60))
+    with pytest.raises(InputError, match="1 answers are kept"):
+        ask(rows(9), teacher(server, tmp_path, timeout=0.2, retries=0, concurrency=2))
+    assert len(server.requests) < 8
+
+
+def test_an_outline_cut_at_the_token_limit_is_no_answer(serve, tmp_path):
+    cut = {"id": "x", "object": "chat.completion", "created": 0, "model": "m",
+           "choices": [{"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": PLAN}}]}  # fmt: skip
+    outlines, counts = ask(rows(2), teacher(serve(Body(json.dumps(cut).encode()), PLAN), tmp_path, concurrency=1))
+    assert outlines == [None, PLAN] and counts["no_answer"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"), [({"url": "http://localhost:8000v1"}, "--teacher-url"), ({"cache": Path("tests")}, "is a folder")]
+)
+def test_an_address_or_a_cache_that_is_none_is_told(serve, tmp_path, changes, says):
+    with pytest.raises(InputError, match=says) as told:
+        ask(rows(1), teacher(serve(PLAN), tmp_path, **changes))
+    assert "\n" not in str(told.value)
+
+
 def test_a_story_that_comes_back_is_no_outline(serve, tmp_path):
     outlines, counts = ask(rows(3), teacher(serve(STORY[:300], PLAN), tmp_path, concurrency=1))
     assert outlines.count(PLAN) == 2 and counts["outline_copies_story"] == 1

@@ -224,6 +224,14 @@ def test_score_rows(script, tmp_path, reward):
     assert (scored[1]["reward"], scored[1]["verdict"]) == (-1, "no_eos")
 
 
+def test_scores_are_not_written_where_a_folder_is(script, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [ROWS[0]])
+    for out, says in ((tmp_path, "is a folder"), (path / "scored.jsonl", "is a file")):
+        result = script("reward.py", "score", path, "--data", data_folder(), "--out", out)
+        assert result.returncode == 2 and says in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -308,6 +316,20 @@ def test_rescore(script, tmp_path, reward):
     other = script(*base, "--reward.correlation.no-idf-cap")
     assert other.returncode == 2
     assert "logged under another idf_cap" in other.stderr and other.stderr.count("\n") == 1
+
+
+def test_an_own_part_that_was_rewritten_is_scored_anew(script, tmp_path, reward):
+    """The log holds what the part said before; a rescore asks what it says now."""
+    rows = [ROWS[0] | {"prompt": "p", "step": 1}, ROWS[0] | {"prompt": "p", "step": 1, "story": ROWS[0]["story"] + " Oh!"}]
+    for row, before in zip(rows, (1.0, 0.0)):
+        raw = reward.measure([Sample(row["prompt"], row["think"], row["story"], True)])[0]
+        row |= {"raw": raw | {"own:calm": before}, "reward": before, "finished": True}
+    rew_config.OWN_PARTS.append(OwnPart("calm", 1.0, lambda sample: (float("!" in sample.story), {})))
+    try:
+        result = script("reward.py", "rescore", write(tmp_path / "samples.jsonl", rows), "--data", data_folder())
+    finally:
+        rew_config.OWN_PARTS.clear()
+    assert "1 of 1 pairs" in result.stdout, result.stderr
 
 
 @pytest.mark.parametrize("tf", ["raw", "binary"])
