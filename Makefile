@@ -7,7 +7,7 @@ DEMO := HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error $(PY)
 .PHONY: demo test lint clean
 
 demo: artifacts/rl/final/model.safetensors
-	$(DEMO) generate.py --prompts prompts/fresh.txt --model artifacts/rl/final --temperature 0.7
+	$(DEMO) generate.py --prompts prompts/fresh.txt --model artifacts/rl/final --temperature 0.85
 	@echo
 	@echo "data      artifacts/data        sft.parquet, prompts.parquet, idf.npz, calibration.json, manifest.json"
 	@echo "models    artifacts/oneshot, artifacts/zeroshot, artifacts/rl/final"

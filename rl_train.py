@@ -2,7 +2,7 @@
 
     python rl_train.py                      # artifacts/zeroshot -> artifacts/rl
     python rl_train.py --resume             # continue after an interruption, to the same bytes as without it
-    python rl_train.py --reward.length.weight 0.3 --out artifacts/rl_longer
+    python rl_train.py --reward.length.weight 0.5 --out artifacts/rl_longer
     torchrun --nproc-per-node 2 rl_train.py # the same samples and steps, shared by two processes or GPUs
 
 Each step samples K stories for each of P prompts, scores them, compares the samples of each prompt with one another, and
