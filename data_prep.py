@@ -30,6 +30,7 @@ from storygen.cli import (
     InputError,
     as_json,
     check_flags,
+    check_folder,
     claim,
     file_sha256,
     fill,
@@ -186,8 +187,7 @@ def check(args: Args) -> None:
     if args.source == "teacher":
         raise InputError("--source teacher: a teacher writes outlines, not stories; use --outlines teacher")
     out = args.out.resolve()
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {args.out}: is a file")
+    check_folder(args.out)
     if out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file():
         raise InputError(f"--out {args.out}: holds something else than a data set, give a new or empty folder")
     try:

@@ -26,7 +26,7 @@ from rew_config import RewardConfig
 from reward import Reward, Sample, Score
 from storygen.batching import token_budget_batches
 from storygen.checkpoint import load_model
-from storygen.cli import InputError, check_flags, pick_device, run, write_atomically
+from storygen.cli import InputError, check_flags, check_folder, pick_device, run, write_atomically
 from storygen.corpus import load_prompts, load_sft
 from storygen.diversity import Copies, distinct, nearest, self_bleu
 from storygen.logprobs import best_dtype, response_logps
@@ -80,8 +80,7 @@ def check(args: Args) -> None:
     if len(set(args.models)) < len(args.models):
         raise InputError("a model folder is given twice")
     check_flags(args, {"num": 1, "prompts": 1, "seed": 0}, ("temperature", "length_target"))
-    if args.out.exists() and not args.out.is_dir():
-        raise InputError(f"{args.out} is a file: give another --out, a folder")
+    check_folder(args.out)
 
 
 def load_policy(folder: str, device: str) -> tuple[PreTrainedModel, Pattern]:
@@ -261,9 +260,10 @@ def measures(results: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
         return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
     def interval(value: dict | None) -> str:
-        if value is None or value["ci95"] is None:
-            return "–" if value is None else number(value["mean"])
-        return f"{number(value['mean'])} [{', '.join(number(end) for end in value['ci95'])}]"
+        if value is None:
+            return "–"
+        ends = f" [{', '.join(map(number, value['ci95']))}]" if value["ci95"] else ""
+        return number(value["mean"]) + ends
 
     def add(name: str, show) -> None:
         rows.append((name, [show(result) for result in results]))

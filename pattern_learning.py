@@ -33,7 +33,7 @@ from storygen.corpus import load_manifest, load_sft, spread
 from storygen.logprobs import Precision, cast_once, check_head, pick_dtype, response_logps
 from storygen.memory import Shape, free_memory, halve_until_it_fits, keep_freed_memory, peak_memory, plan
 from storygen.pattern import Pattern, add_pattern_tokens, context_length
-from storygen.processes import add, add_gradients, deal, gather, join, same, share
+from storygen.processes import add, add_gradients, check_shared, deal, gather, join, share
 from storygen.sampler import sample
 from storygen.tracking import Log, TrackerName, Trackers, progress, show_sample
 
@@ -298,10 +298,7 @@ def main(args: Args) -> None:
     state = load_state(states, model, optimizer)
     if state is not None and state["config"] != config:
         raise InputError(f"{args.out} holds an unfinished run with other settings: give another --out, or delete it")
-    if not same(state and state["step"]):
-        raise InputError(
-            f"not every process finds the same checkpoint in {states}: all machines have to share the disk of --out"
-        )
+    check_shared(state and state["step"], states)
     if state is None:
         needs = plan(
             Shape.of(model), rl=False, rows=min(args.rows, len(held_out)), micro_tokens=args.micro_tokens, dtype=dtype,

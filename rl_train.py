@@ -39,7 +39,7 @@ from storygen.logprobs import Precision, cast_once, check_forward, check_head, p
 from storygen.memory import Shape, free_memory, halve_until_it_fits, keep_freed_memory, peak_memory, plan
 from storygen.pattern import Pattern, context_length
 from storygen.ppo import Advantage, adapt_beta, advantages, next_length_target, policy_loss
-from storygen.processes import add, add_gradients, gather, join, same, share
+from storygen.processes import add, add_gradients, check_shared, gather, join, share
 from storygen.report import write_report
 from storygen.rollout import Rollout, rollout, rollout_logps
 from storygen.textstats import words
@@ -240,12 +240,12 @@ def learn(
             totals["finite"] += 1
             for name in ("approx_kl", "clipped", "loss"):
                 totals[name] += seen[name]
+            if not too_far:
+                optimizer.step()
+                totals["updates"] += 1
+                totals["grad_norm"] = max(totals["grad_norm"], norm)
         else:
             totals["skipped"] += 1
-        if math.isfinite(norm) and not too_far:
-            optimizer.step()
-            totals["updates"] += 1
-            totals["grad_norm"] = max(totals["grad_norm"], norm)
         optimizer.zero_grad()
         if too_far:
             break
@@ -365,10 +365,7 @@ def main(args: Args) -> None:
     if state is not None and state["config"] != config:
         changed = sorted(k for k in config if state["config"].get(k) != config[k])
         raise InputError(f"{args.out} holds a run with other settings ({', '.join(changed)}): give another --out")
-    if not same(state and state["step"]):
-        raise InputError(
-            f"not every process finds the same checkpoint in {states}: all machines have to share the disk of --out"
-        )
+    check_shared(state and state["step"], states)
     if state is None:
         needs = plan(
             Shape.of(model), rl=True, rows=min(args.rows, max(args.prompts * args.k, args.eval_prompts)),

@@ -136,14 +136,19 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_folder(out: Path) -> None:
+    """Raises `InputError` if an output folder is to be made where a file is."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: give another --out, a folder")
+
+
 def claim(out: Path) -> IO[str]:
     """Keep every other process from writing to an output folder for as long as the returned file stays open.
 
     The lock file is next to the folder, which may be replaced as a whole, and the kernel releases it however this process
     ends. Raises `InputError` with the holder's process id, or if `out` is a file.
     """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file: give another --out, a folder")
+    check_folder(out)
     whole = out.absolute()  # "." has no name to build the lock's from
     whole.parent.mkdir(parents=True, exist_ok=True)
     file = open(whole.with_name(f".{whole.name}.lock"), "a+", encoding="ascii")  # noqa: SIM115  open as long as the run

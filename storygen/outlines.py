@@ -98,18 +98,12 @@ def ask(rows: list[dict], teacher: Teacher, progress: Callable[[], None] = lambd
         if teacher.cache.is_dir():
             raise InputError(f"--teacher-cache {teacher.cache} is a folder: name a file")
         teacher.cache.parent.mkdir(parents=True, exist_ok=True)
-        pool, received = ThreadPoolExecutor(teacher.concurrency), len(answers)
+        pool, known = ThreadPoolExecutor(teacher.concurrency), len(answers)
         try:
             with client, open(teacher.cache, "a", encoding="utf-8") as cache:
                 if cache.tell() and not _ends_a_line(teacher.cache):
                     cache.write("\n")
                 futures = {pool.submit(answer, row): key for key, row in missing.items()}
-
-                def keep(key: str, text: str) -> None:
-                    answers[key] = text
-                    cache.write(json.dumps({"key": key, "answer": text}) + "\n")
-                    cache.flush()
-
                 for future in as_completed(futures):
                     try:
                         text = future.result()
@@ -117,7 +111,7 @@ def ask(rows: list[dict], teacher: Teacher, progress: Callable[[], None] = lambd
                         raise InputError(f"teacher {teacher.url}, model {teacher.model}: {_first_line(error)}") from None
                     except openai.APITimeoutError as error:
                         counts["request_failed"] += 1
-                        if len(answers) == received and counts["request_failed"] >= teacher.concurrency:
+                        if len(answers) == known and counts["request_failed"] >= teacher.concurrency:
                             raise silent(error) from None
                     except openai.APIConnectionError as error:
                         raise silent(error) from None
@@ -125,7 +119,9 @@ def ask(rows: list[dict], teacher: Teacher, progress: Callable[[], None] = lambd
                         counts["request_failed"] += 1
                     else:
                         if text:
-                            keep(futures[future], text)
+                            answers[futures[future]] = text
+                            cache.write(json.dumps({"key": futures[future], "answer": text}) + "\n")
+                            cache.flush()
                         else:
                             counts["no_answer"] += 1
                     progress()

@@ -3,10 +3,13 @@
 import atexit
 import os
 import sys
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
+
+from storygen.cli import InputError
 
 
 def join(device: str) -> tuple[PartialState, str]:
@@ -40,6 +43,14 @@ def gather(items: list) -> list:
 def same(value: object) -> bool:
     """Whether every process has this value."""
     return len(set(gather([value]))) == 1
+
+
+def check_shared(step: int | None, checkpoints: Path) -> None:
+    """Raises `InputError`, in all processes, unless each has found the checkpoint of the same step, or none."""
+    if not same(step):
+        raise InputError(
+            f"not every process finds the same checkpoint in {checkpoints}: all machines have to share the disk of --out"
+        )
 
 
 def add(*values: float) -> list[float]:
