@@ -4,11 +4,12 @@
     python evaluate.py MODEL [MODEL …] --data DIR --out DIR --reference base_model
 
 Every model answers the same prompts with the same seed and is scored by the same reward. Intervals are 95% bootstrap
-intervals over prompts; each model is compared with the first, prompt by prompt.
+intervals over prompts; each model is compared with the first, prompt by prompt. The files are written anew after every model.
 """
 
 import json
 import math
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -304,6 +305,8 @@ def measures(results: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
         add("story alone, planned", lambda r: interval(r["planned"]))
         add("story alone, outline forced empty", lambda r: interval(r["unplanned"]))
         add("  planned less unplanned", lambda r: interval(r["planning_gain"]))
+        # Where this is low, the two rows above compare forms, not stories: the model wrote its outline all the same.
+        add("  well-formed with it empty", lambda r: number(r["unplanned_well_formed"]))
     return rows
 
 
@@ -324,7 +327,12 @@ def main(args: Args) -> None:
     training = [row["story"] for row in load_sft(args.data, "train")]
     copies = Copies([words(story) for story in training])
 
-    results, rows, first = [], [], None
+    report: dict[str, Any] = {
+        "data": str(args.data), "split": args.split, "prompts": len(prompts), "num": args.num, "seed": args.seed,
+        "temperature": args.temperature, "length_target": length_target, "reference": args.reference, "device": device,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}, "models": [],
+    }  # fmt: skip
+    results, rows, first = report["models"], [], None
     for folder in args.models:
         model, pattern = load_policy(folder, device)
         batch = rollout(
@@ -340,28 +348,28 @@ def main(args: Args) -> None:
         result["vs_first"] = bootstrap(per_prompt - first, args.seed) if results else None
         worths, of = outline_worth(model, pattern, samples, args.seed)
         result["outline_worth"] = {over: bootstrap(by_prompt(values, of), args.seed) for over, values in worths.items()}
-        result |= {"planned": None, "unplanned": None, "planning_gain": None}
+        result |= {"planned": None, "unplanned": None, "planning_gain": None, "unplanned_well_formed": None}
         if args.unplanned:
             stories = [s.story if score.verdict == "ok" else "" for s, score in zip(samples, scores, strict=True)]
+            unplanned = write_unplanned(model, pattern, prompts, args)
             by = {
                 name: by_prompt(story_rewards(reward, batch.prompts, texts, length_target), batch.prompts)
-                for name, texts in (("planned", stories), ("unplanned", write_unplanned(model, pattern, prompts, args)))
+                for name, texts in (("planned", stories), ("unplanned", unplanned))
             }
             result |= {name: bootstrap(values, args.seed) for name, values in by.items()}
             result["planning_gain"] = bootstrap(by["planned"] - by["unplanned"], args.seed)
+            result["unplanned_well_formed"] = sum(map(bool, unplanned)) / len(unplanned)
         result["reference_nll"] = reference_nll(*reference, [s.story for s in samples]) if reference else None
         results.append(result)
         rows += [{"model": folder, **vars(s), **vars(score)} for s, score in zip(samples, scores, strict=True)]
+        # After every model, so that a run that is stopped keeps those it finished.
+        write_atomically(args.out / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_atomically(args.out / "evaluation.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        page = write_comparison(args.out, measures(results), UNITS)
+        reached = f"reward {result['reward']['mean']:.3f}, well-formed {result['well_formed']:.1%}"
+        print(f"{folder}: {reached} ({len(results)} of {len(args.models)} models)", file=sys.stderr)
 
-    report = {
-        "data": str(args.data), "split": args.split, "prompts": len(prompts), "num": args.num, "seed": args.seed,
-        "temperature": args.temperature, "length_target": length_target, "reference": args.reference, "device": device,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}, "models": results,
-    }  # fmt: skip
-    write_atomically(args.out / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    write_atomically(args.out / "evaluation.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     Console().print(table(results))
-    page = write_comparison(args.out, measures(results), UNITS)
     print(f"{len(prompts)} {args.split} prompts, {args.num} samples of each; {page}, evaluation.json, samples.jsonl")
     if args.json:
         print(json.dumps(report, ensure_ascii=False))

@@ -174,6 +174,27 @@ def test_a_whole_comparison(folders, capsys):
     assert len(rows) == 2 * 4 * 2 and {"model", "prompt", "think", "story", "finished", "verdict", "reward"} <= set(rows[0])
 
 
+def test_a_comparison_that_is_stopped_keeps_the_models_it_finished(folders, monkeypatch, capsys):
+    models = (str(folders / "a"), str(folders / "b"))
+    whole = evaluate.rollout
+
+    def stopped_at_the_second(*args, **kwargs):
+        if (folders / "out").exists():
+            raise KeyboardInterrupt
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "rollout", stopped_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(evaluate.Args(models, folders / "data", folders / "out", num=2, prompts=4, device="cpu"))
+    kept = json.loads((folders / "out" / "evaluation.json").read_text("utf-8"))["models"]
+    assert [one["model"] for one in kept] == [models[0]] and models[0] in (folders / "out" / "report.html").read_text(
+        "utf-8"
+    )
+    rows = [json.loads(line) for line in (folders / "out" / "samples.jsonl").read_text("utf-8").splitlines()]
+    assert len(rows) == 4 * 2 and kept[0]["unplanned_well_formed"] * 8 % 1 == 0
+    assert "1 of 2 models" in capsys.readouterr().err
+
+
 def test_a_plain_language_model_may_stand_in_the_table(folders):
     models = (str(folders / "a"), str(BASE))
     evaluate.main(evaluate.Args(models, folders / "data", folders / "out", num=1, prompts=2, device="cpu", unplanned=False))
