@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from storygen.cli import InputError, run
 from storygen.corpus import split_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,6 +157,12 @@ def schedule(step: int, args: Args) -> float:
 
 
 def main(args: Args) -> None:
+    if not (min(args.corpus_share, args.simple_share) >= 0 and args.corpus_share + args.simple_share <= 1):
+        raise InputError("--corpus-share and --simple-share are shares of the rows: at least 0 each, at most 1 together")
+    if args.width % args.heads:
+        raise InputError(f"--width {args.width} is not a multiple of --heads {args.heads}")
+    if missing := [str(path) for path in args.text if not path.is_file()]:
+        raise InputError(f"--text: no file {', '.join(missing)}")
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     prose = documents(args.text, args.leave_out)
@@ -256,4 +262,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    run(main, Args)
