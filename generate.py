@@ -158,12 +158,16 @@ def write_stories(args: Args, prompts: list[str], live: bool) -> list[dict]:
     responses = [begun + ids for ids in written]
     for window in range(1, args.more + 1):
         # The plan, then the newest part of the story, filling half of the rest, from a paragraph's start if there is one.
-        open_rows = [i for i, ids in enumerate(responses) if ids[-1] != pattern.eos_id and pattern.story_id in ids]
-        prefixes = []
-        for i in open_rows:
-            border = responses[i].index(pattern.story_id) + 1
-            head = pattern.prefix(of_prompt[i]) + responses[i][:border]
-            newest = responses[i][border:][-max(1, (context - len(head)) // 2) :]
+        open_rows, prefixes = [], []
+        for i, ids in enumerate(responses):
+            if ids[-1] == pattern.eos_id or pattern.story_id not in ids:
+                continue
+            border = ids.index(pattern.story_id) + 1
+            head = pattern.prefix(of_prompt[i]) + ids[:border]
+            if len(head) > context - 2:
+                continue  # prompt and plan leave no room for an old token and a new one
+            open_rows.append(i)
+            newest = ids[border:][-max(1, (context - len(head)) // 2) :]
             prefixes.append(head + newest[pattern.paragraph(newest) :])
         for i, ids in zip(open_rows, write(prefixes, 1, (args.seed, window)) if open_rows else [], strict=True):
             responses[i] = responses[i] + ids

@@ -301,8 +301,8 @@ def main(args: Args) -> None:
     check_shared(state and state["step"], states)
     if state is None:
         needs = plan(
-            Shape.of(model), rl=False, rows=min(args.rows, len(held_out)), micro_tokens=args.micro_tokens, dtype=dtype,
-            on_cpu=device == "cpu", attention=model.config._attn_implementation, available=free,
+            Shape.of(model), rl=False, rows=min(args.rows, len(held_out)), micro_tokens=args.micro_tokens, longest=context,
+            dtype=dtype, on_cpu=device == "cpu", attention=model.config._attn_implementation, available=free,
         )  # fmt: skip
         print(needs)
         # A resumed run keeps these sizes, whatever is free then: rounding depends on them.
@@ -401,9 +401,10 @@ def main(args: Args) -> None:
     if not chief:
         return
     trackers.finish()
-    for file in best_folder.iterdir():
-        file.replace(args.out / file.name)
-    best_folder.rmdir()
+    if best_folder.exists():  # else a run was killed between here and the end, and these files are in place
+        for file in best_folder.iterdir():
+            file.replace(args.out / file.name)
+        best_folder.rmdir()
     shutil.rmtree(states, ignore_errors=True)
     figures = [
         ("validation objective, nats a token, of the weights that were kept", f"{best_loss:.3f}"),

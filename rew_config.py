@@ -264,7 +264,8 @@ class OwnPart:
     score: Callable[[Any], tuple[float, dict[str, float]]]
 
     def __post_init__(self):
-        if not self.name.isidentifier() or self.name in PARTS:
+        taken = (*PARTS, *(f.name for f in fields(Correlation)), *(part.name for part in OWN_PARTS))
+        if not self.name.isidentifier() or self.name in taken:
             raise ValueError(f"own part {self.name!r}: the name must be an identifier that no other part has")
         check(f"own part {self.name}: weight", self.weight, 0, 1)
 

@@ -98,7 +98,7 @@ class Args:
     dual_clip: float = 3.0
     """Bound on the loss where the advantage is negative, as a multiple of the advantage."""
     beta: float = 0.1
-    """Initial KL coefficient; it adapts."""
+    """Initial KL coefficient, at most 1; it adapts. 0: no KL term."""
     kl_target: float = 0.1
     """KL to the reference that beta is adapted towards, nats per token."""
     kl_stop: float = 0.03
@@ -315,6 +315,8 @@ def check(args: Args, states: Path, processes: int) -> None:
         raise InputError(
             f"--advantage {args.advantage} compares samples of one prompt: --k must be at least 2, not {args.k}"
         )
+    if args.beta > 1:
+        raise InputError(f"--beta must be at most 1, where its adaptation ends, not {args.beta:g}")
     if args.minibatches > args.prompts:
         raise InputError(f"--minibatches {args.minibatches} is more than the {args.prompts} prompts of a step")
     if processes > min(args.prompts, args.eval_prompts):
@@ -340,11 +342,16 @@ def main(args: Args) -> None:
     pattern = Pattern(tokenizer)
     context = context_length(model)
     reward = Reward.load(args.data, args.reward, device, dtype)
-    all_prompts = load_prompts(args.data, "train")
-    prompts = [p for p in all_prompts if len(pattern.prefix(p)) <= context // 2]
-    held_out = [p for p in load_prompts(args.data, "validation") if len(pattern.prefix(p)) <= context // 2]
-    held_out = spread(held_out, args.eval_prompts)
-    print(f"{len(prompts)} prompts, {len(all_prompts) - len(prompts)} dropped (over half the context of {context} tokens)")
+    every = {split: load_prompts(args.data, split) for split in ("train", "validation")}
+    sizes = {
+        prompt: size for of in every.values() for prompt, size in zip(of, pattern.prefix_lengths(of)) if size <= context // 2
+    }
+    prompts = [prompt for prompt in every["train"] if prompt in sizes]
+    held_out = spread([prompt for prompt in every["validation"] if prompt in sizes], args.eval_prompts)
+    longest_row = min(context, max(sizes.values(), default=0) + (args.max_new_tokens or context))
+    print(
+        f"{len(prompts)} prompts, {len(every['train']) - len(prompts)} dropped (over half the context of {context} tokens)"
+    )
     if len(prompts) < args.prompts or len(held_out) < processes.num_processes:
         raise InputError(
             f"{args.data} has {len(prompts)} training and {len(held_out)} validation prompts: too few for a step"
@@ -360,6 +367,7 @@ def main(args: Args) -> None:
         if k not in ("steps", "resume", "out", "device", "data", "model", "track", "push_to_hub")
     }
     config |= {"model_sha256": weights_sha256(reference), "data": manifest["hashes"]}
+    config["reward_weights"] = args.reward.weights()  # with own parts, which are no flags
     lock = claim(args.out) if chief else None  # noqa: F841  held until the process ends
     state = load_state(states, model, optimizer) if args.resume else None
     if state is not None and state["config"] != config:
@@ -369,7 +377,7 @@ def main(args: Args) -> None:
     if state is None:
         needs = plan(
             Shape.of(model), rl=True, rows=min(args.rows, max(args.prompts * args.k, args.eval_prompts)),
-            micro_tokens=args.micro_tokens, dtype=dtype, on_cpu=device == "cpu",
+            micro_tokens=args.micro_tokens, longest=longest_row, dtype=dtype, on_cpu=device == "cpu",
             attention=model.config._attn_implementation, available=free,
         )  # fmt: skip
         print(needs)
@@ -396,7 +404,11 @@ def main(args: Args) -> None:
 
     law = {"temperature": args.temperature, "dtype": dtype}  # what sampling and all log-probabilities share
 
+    saved = state["step"]  # that of the newest checkpoint
+
     def save(step: int) -> None:
+        nonlocal saved
+        saved = step
         if chief:
             state.update(metrics_size=metrics.size(), samples_size=samples_log.size(), config=config)
             state.update(rows=args.rows, micro_tokens=args.micro_tokens)
@@ -405,7 +417,7 @@ def main(args: Args) -> None:
 
     def leave(step: int) -> NoReturn:
         """Exit as the signal asks, leaving a checkpoint of the last complete step."""
-        if step and not (states / f"step_{step:06d}").exists():
+        if step > saved:
             save(step)
         if chief:
             print(f"stopped at step {step}; the same command with --resume goes on from here", file=sys.stderr)
@@ -439,19 +451,23 @@ def main(args: Args) -> None:
         human = [Sample(row["prompt"], row["think"], row["story"], True) for row in rows]
         before |= human_range(reward(human, human_median))
         check_head(model, batch.rows[0], pattern.pad_id)
-        checks = check_forward(model, reference, batch.rows[:8], batch.starts[:8], pattern.pad_id)
+        # In fp32, whole rows could need more memory than was planned for the passes of an update.
+        few = max(2, min(8, args.micro_tokens // longest_row))
+        beginnings = [row[: start + 64] for row, start in zip(batch.rows[:few], batch.starts)]
+        checks = check_forward(model, reference, beginnings, batch.starts[:few], pattern.pad_id)
         print("before the first update: " + ", ".join(f"{name} {value:.1e}" for name, value in checks.items()))
         if chief:
             metrics.write({"step": 0, **before, **checks})
             trackers.log({"step": 0, **before, **checks})
-        # The length target starts at the model's own, and may rise to what the context holds besides prompt and outline.
+        # The length target starts at the model's own, and may rise to what a sample has room for besides its outline.
         told = sum(len(words(s.think)) + len(words(s.story)) for s in samples)
         tokens_per_word = add(batch.response_tokens())[0] / max(1, told)
         whole = [s for s in samples if s.verdict == "ok"]  # of the others some have an outline without end, or none
         outlines = [len(words(s.think)) for s in whole] or [reward.calibration.quantile("think_words", 50)]
-        beside = statistics.median(gather(batch.starts)) + tokens_per_word * statistics.median(outlines)
-        longest = max(1.0, 0.8 * (context - beside) / tokens_per_word)
-        start = min(statistics.median([len(words(s.story)) for s in whole] or [human_median]), longest)
+        before_outline = statistics.median(gather(batch.starts))
+        room = min(context - before_outline, args.max_new_tokens or context) - tokens_per_word * statistics.median(outlines)
+        longest = max(1.0, 0.8 * room / tokens_per_word)
+        start = max(1.0, min(statistics.median([len(words(s.story)) for s in whole] or [human_median]), longest))
         state |= {"length_target": start, "length_low": start / 2, "length_high": longest, "beta": args.beta,
                   "quality_mean": None, "quality_std": None, "skipped_in_a_row": 0, "eval_reward": before["eval/reward"],
                   "eval_step": 0}  # fmt: skip
@@ -470,6 +486,8 @@ def main(args: Args) -> None:
                     sampled = time.perf_counter()
                     own_scores = reward(own, state["length_target"])
                     samples, scores = gather(own), gather(own_scores)
+                    if max(gather([interrupt.stop or 0])):  # of several processes, which could not stop one by one
+                        raise Stopped
                     rewards = torch.tensor([s.reward for s in scores]).view(args.prompts, args.k)
                     by_part = torch.tensor([part_rewards(s, args.reward) for s in scores]).T.view(-1, args.prompts, args.k)
                     advantage = advantages(rewards, args.advantage, by_part, weights)
@@ -491,7 +509,7 @@ def main(args: Args) -> None:
                 "step": step,
                 "objective/reward": described.pop("reward"),
                 **described,
-                "objective/reward_std": rewards.std().item(),
+                "objective/reward_std": rewards.std().item() if rewards.numel() > 1 else 0.0,
                 "length/target": state["length_target"],
                 **learnt,
                 "time/sample_s": sampled - clock,

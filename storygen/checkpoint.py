@@ -89,7 +89,8 @@ def save_state(
 ) -> None:
     """Write `folder/step_000200`: weights and optimizer moments as safetensors, `state` as JSON, and a sha256 of each.
 
-    Once it is in place, all checkpoints but the newest `keep` are deleted.
+    Once it is in place, all checkpoints but the newest `keep` are deleted, and any of a later step: a run that is behind one
+    has found it damaged, and it must not outlive the good ones.
     """
     with _whole_folder(folder / f"step_{step:06d}") as aside:
         save_file({k: v.contiguous() for k, v in _own_parameters(model).items()}, aside / "model.safetensors")
@@ -97,14 +98,17 @@ def save_state(
         (aside / "state.json").write_text(json.dumps({**state, "step": step}))
         sums = {file.name: file_sha256(file) for file in sorted(aside.iterdir())}
         (aside / "manifest.json").write_text(json.dumps({"sha256": sums}, indent=1))
-    for old in checkpoints(folder)[:-keep]:
+    found = checkpoints(folder)
+    later = [path for path in found if _step_of(path) > step]
+    for old in later + found[: len(found) - len(later)][:-keep]:
         shutil.rmtree(old)
 
 
 def load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict | None:
     """Load the newest intact checkpoint into model and optimizer and return its `state`; None if there is none.
 
-    A torn or altered checkpoint is reported on stderr and the one before it is used.
+    A torn or altered checkpoint is reported on stderr and the one before it is used. Raises `InputError` if there are some
+    and none can be read, or if they belong to another model.
     """
     for path in reversed(checkpoints(folder)):
         try:
@@ -128,13 +132,22 @@ def load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Opti
                         k: v.to(parameter.device) if k != "step" or group.get("fused") else v for k, v in own.items()
                     }
         return state
+    if found := checkpoints(folder):
+        raise InputError(
+            f"{folder} holds {len(found)} checkpoint{'s' if len(found) > 1 else ''} and none can be read: give another --out, or "
+            "delete that folder to start from the beginning"
+        )
     return None
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest first."""
     found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name)]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict]:

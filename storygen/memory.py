@@ -29,12 +29,14 @@ REWARD = int(0.4e9)  # encoder, its batch of texts, chance panels
 
 @dataclass(frozen=True)
 class Shape:
-    """Shape of a GPT-like model: parameters (tied ones once), vocabulary size, layers, width, heads, context."""
+    """Shape of a GPT-like model: parameters (tied ones once), vocabulary size, layers, width (of all heads, and of those
+    that have keys and values of their own), heads, context."""
 
     parameters: int
     vocabulary: int
     layers: int
     width: int
+    kv_width: int
     heads: int
     context: int
 
@@ -43,8 +45,10 @@ class Shape:
         config: Any = model.config
         parameters = sum(p.numel() for p in model.parameters())
         vocabulary = model.get_output_embeddings().weight.shape[0]
+        width, heads = config.hidden_size, config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads  # fewer with grouped queries
         return Shape(
-            parameters, vocabulary, config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
+            parameters, vocabulary, config.num_hidden_layers, width, width * kv_heads // heads, heads,
             config.max_position_embeddings,
         )  # fmt: skip
 
@@ -83,23 +87,25 @@ def activations(shape: Shape, tokens: int, longest: int, attention: str) -> int:
 
 
 def plan(
-    shape: Shape, *, rl: bool, rows: int, micro_tokens: int, dtype: torch.dtype, on_cpu: bool, attention: str, available: int
-) -> Plan:
+    shape: Shape, *, rl: bool, rows: int, micro_tokens: int, longest: int, dtype: torch.dtype, on_cpu: bool, attention: str,
+    available: int,
+) -> Plan:  # fmt: skip
     """For training with AdamW and sampling in between, plus a frozen reference and the reward in RL (`rl`).
 
-    `rows` and `micro_tokens` are the preferred sizes. Both are halved until they fit, micro_tokens down to a single row that
-    fills the context. Raises `InputError` if that is not enough.
+    `rows` and `micro_tokens` are the preferred sizes. Both are halved until they fit, micro_tokens down to a single row of
+    `longest` tokens, the most that a row may have. Raises `InputError` if that is not enough.
     """
     half = 2 if dtype == torch.bfloat16 else 4
     fixed = {"weights and AdamW": (4 + 8 + 4 * rl) * shape.parameters, "reward": REWARD * rl}
-    cell = 2 * shape.layers * shape.width * (4 if on_cpu else half)  # keys and values of a token; fp32 on a CPU
+    cell = 2 * shape.layers * shape.kv_width * (4 if on_cpu else half)  # keys and values of a token; fp32 on a CPU
 
     def held(rows: int, micro_tokens: int) -> Plan:
         copies = half * (shape.parameters + shape.vocabulary * shape.width)  # the sampler's weights and its own head
-        sampling = copies + rows * (shape.context * cell + 16 * shape.vocabulary)
+        sampling = copies + rows * (longest * cell + 16 * shape.vocabulary)
         casts = half * shape.parameters if half == 2 else 0
         chunk = min(LOGITS_CHUNK, micro_tokens) * shape.vocabulary * (12 + half)
-        update = 4 * shape.parameters + casts + chunk + activations(shape, micro_tokens, shape.context, attention)
+        # A row of more than micro_tokens has a pass of its own.
+        update = 4 * shape.parameters + casts + chunk + activations(shape, max(micro_tokens, longest), longest, attention)
         return Plan(rows, micro_tokens, fixed | {"sampling": sampling, "update": update}, available)
 
     plan = held(rows, micro_tokens)
@@ -107,14 +113,14 @@ def plan(
         sampling_is_larger = plan.held["sampling"] >= plan.held["update"]
         if sampling_is_larger and plan.rows > 1:
             plan = held(plan.rows // 2, plan.micro_tokens)
-        elif plan.micro_tokens > shape.context:
-            plan = held(plan.rows, max(shape.context, plan.micro_tokens // 2))
+        elif plan.micro_tokens > longest:
+            plan = held(plan.rows, max(longest, plan.micro_tokens // 2))
         elif plan.rows > 1:
             plan = held(plan.rows // 2, plan.micro_tokens)
         else:
             raise InputError(
                 f"the run needs {plan.peak / 1e9:.1f} GB with one row at a time, and {available / 1e9:.1f} GB are free: "
-                "take a smaller model, or stop what else uses the memory",
+                f"take a smaller model{' or --max-new-tokens' if rl else ''}, or stop what else uses the memory",
                 one_process=True,
             )
     return plan

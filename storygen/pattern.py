@@ -138,14 +138,20 @@ class Pattern:
 
     def encode(self, content: str) -> list[int]:
         """One section's ids: each line on its own, indented. A tag inside the content is tokenised as plain text."""
-        content = "\n".join(content.strip().splitlines())
-        text = INDENT + content.replace("\n", INDENT) + "\n"
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return self._encode_all([content])[0]
+
+    def _encode_all(self, contents: list[str]) -> list[list[int]]:
+        texts = [INDENT + INDENT.join(content.strip().splitlines()) + "\n" for content in contents]
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
 
     def prefix(self, prompt: str) -> list[int]:
         """Ids of a prompt up to where the outline starts; what the chat template gives for a message without tags."""
         indent_id = self.tokenizer.convert_tokens_to_ids(INDENT)
         return [self.prompt_id, *self.encode(prompt), self.think_id, indent_id]
+
+    def prefix_lengths(self, prompts: list[str]) -> list[int]:
+        """Tokens of each prompt's `prefix`, tokenised together: one by one, 200,000 prompts take minutes."""
+        return [len(ids) + 3 for ids in self._encode_all(prompts)]
 
     def row(self, prompt: str, think: str, story: str) -> tuple[list[int], int]:
         """Ids of a whole row, and the index of its first response token: outline, `<story>`, story and `<eos>` follow."""

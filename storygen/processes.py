@@ -25,8 +25,10 @@ def join(device: str) -> tuple[PartialState, str]:
 
 def share(count: int) -> range:
     """This process's share of `count` things: contiguous, as even as possible, earlier processes taking one more."""
-    with PartialState().split_between_processes(list(range(count))) as places:
-        return range(places[0], places[-1] + 1) if places else range(0)
+    state = PartialState()
+    each, more = divmod(count, state.num_processes)
+    start = state.process_index * each + min(state.process_index, more)
+    return range(start, start + each + (state.process_index < more))
 
 
 def deal(items: list) -> list:

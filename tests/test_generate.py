@@ -132,6 +132,16 @@ def test_a_story_goes_on_past_the_context_in_windows(script, folder):
     assert tokens[0] + 20 < tokens[1] and tokens[1] + 20 < tokens[2] and tokens[0] <= 96 - head + 4
 
 
+def test_a_plan_that_fills_the_context_ends_its_story_and_not_the_command(script, folder):
+    """Prompt, plan and <story> take 95 of 96 tokens: there is a first token, and no window for a second one."""
+    pattern = Pattern(load_model(folder)[1])
+    head = len(pattern.prefix("A dog.")) + len(pattern.encode("It"))
+    outline = "It" + " dog" * (95 - head)
+    assert len(pattern.prefix("A dog.")) + len(pattern.encode(outline)) == 95
+    rows = rows_of(script("generate.py", "A dog.", "--model", folder, "--outline", outline, "--continue", 2, "--jsonl"))
+    assert len(rows) == 1 and rows[0]["think"] == outline and not rows[0]["finished"]
+
+
 def test_a_terminal_shows_the_story_as_it_is_written_the_outline_dimmed(script, writer):
     (row,) = rows_of(script("generate.py", "A dog.", "--model", writer, "--seed", 5, "--jsonl"))
     ours, theirs = os.openpty()

@@ -13,8 +13,8 @@ from storygen.cli import InputError
 from storygen.logprobs import response_logps
 from storygen.memory import MARGIN, Shape, activations, free_in_container, plan
 
-GPT2 = Shape(parameters=124_439_808, vocabulary=50_304, layers=12, width=768, heads=12, context=1024)
-LAW = {"rl": True, "dtype": torch.bfloat16, "on_cpu": False, "attention": "sdpa"}
+GPT2 = Shape(parameters=124_439_808, vocabulary=50_304, layers=12, width=768, kv_width=768, heads=12, context=1024)
+LAW = {"rl": True, "longest": 1024, "dtype": torch.bfloat16, "on_cpu": False, "attention": "sdpa"}
 
 
 @pytest.mark.parametrize("attention, dtype", [("sdpa", torch.float32), ("sdpa", torch.bfloat16), (PLAIN, torch.bfloat16)])
@@ -57,6 +57,20 @@ def test_plans_fit_and_take_no_more_than_was_asked_for(gigabytes, rows, micro_to
     assert made.peak <= MARGIN * available and 1 <= made.rows <= rows and 1024 <= made.micro_tokens <= micro_tokens
     more = plan(GPT2, rows=rows, micro_tokens=micro_tokens, available=2 * available, **LAW)
     assert more.rows >= made.rows and more.micro_tokens >= made.micro_tokens
+
+
+def test_only_as_long_as_rows_get_counts_not_a_context_of_32_thousand():
+    """Qwen2-0.5B's shape: grouped queries, and one row that fills its context takes more than a card of 24 GB has."""
+    qwen = Shape(
+        parameters=494_032_768, vocabulary=151_936, layers=24, width=896, kv_width=128, heads=14, context=32_768
+    )  # fmt: skip
+    law = LAW | {"rows": 256, "micro_tokens": 8192, "available": int(24e9)}
+    with pytest.raises(InputError, match="--max-new-tokens"):
+        plan(qwen, **law | {"longest": 32_768})
+    made = plan(qwen, **law | {"longest": 1024})
+    assert made.rows >= 64 and made.micro_tokens >= 1024
+    one, two = (plan(qwen, **law | {"longest": 1024, "rows": rows}).held["sampling"] for rows in (1, 2))
+    assert two - one == 1024 * 2 * 24 * 128 * 2 + 16 * 151_936  # keys and values, bf16; logits
 
 
 def test_what_cannot_fit_is_refused_with_both_figures():

@@ -105,6 +105,7 @@ def test_kl_term_is_an_unbiased_estimate():
 
 def test_controllers():
     assert adapt_beta(0.1, 0.2, 0.1) > 0.1 > adapt_beta(0.1, 0.05, 0.1)
+    assert adapt_beta(0.0, 9.0, 0.1) == 0.0  # no KL term
     assert adapt_beta(0.1, 0.1, 0.1) == 0.1 and adapt_beta(1.0, 9.0, 0.1) == 1.0
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,6 +50,19 @@ def test_samples_gradient_and_metrics_are_those_of_one_process(tmp_path, process
         assert theirs["rows"] == rows and theirs["sum"] == [sum(range(processes)), processes]
         assert (theirs["weights"] - weights).abs().max() < 1e-5
         assert theirs["stats"] == pytest.approx(stats, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [0, 1, 5, 64])
+def test_shares_cover_everything_once_and_differ_by_one_at_most(monkeypatch, count, processes):
+    shares = []
+    for rank in range(processes):
+        place = SimpleNamespace(process_index=rank, num_processes=processes)
+        monkeypatch.setattr("storygen.processes.PartialState", lambda place=place: place)
+        shares.append(share(count))
+    assert [i for mine in shares for i in mine] == list(range(count))
+    sizes = [len(mine) for mine in shares]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] - sizes[-1] <= 1
 
 
 @dataclass

@@ -189,10 +189,11 @@ def test_own_part(reward):
         assert score.parts["calm"] == 0
         assert score.raw["own:calm:marks"] >= 4
         assert mine.weights["calm"] == pytest.approx(1 / 2.15)
+        for taken in ("calm", "length", "think_story", "two words"):  # think_story: the guards read it under that name
+            with pytest.raises(ValueError, match="identifier"):
+                OwnPart(taken, 0.1, exclamation)
     finally:
         rew_config.OWN_PARTS.clear()
-    with pytest.raises(ValueError, match="identifier"):
-        OwnPart("length", 0.1, exclamation)
 
 
 def test_load_says_what_is_missing(tmp_path):

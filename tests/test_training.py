@@ -163,6 +163,27 @@ def test_only_the_newest_checkpoints_stay(tmp_path):
     assert load_state(tmp_path / "none", model, optimizer) is None
 
 
+def test_a_damaged_checkpoint_never_outlives_the_good_ones(tmp_path, capsys):
+    """With the newest ones torn, a resumed run goes on behind them: its own saves must stay and theirs go."""
+    model, _, optimizer = make_run()
+    for step in (10, 20, 30):
+        save_state(tmp_path, step, model, optimizer, {}, keep=3)
+    for torn in ("step_000020", "step_000030"):
+        (tmp_path / torn / "state.json").unlink()
+    assert load_state(tmp_path, model, optimizer)["step"] == 10
+    save_state(tmp_path, 15, model, optimizer, {}, keep=1)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_000015"]
+    assert load_state(tmp_path, model, optimizer)["step"] == 15
+
+
+def test_a_run_whose_checkpoints_cannot_be_read_does_not_start_again_from_the_beginning(tmp_path):
+    model, _, optimizer = make_run()
+    save_state(tmp_path, 1, model, optimizer, {})
+    (tmp_path / "step_000001" / "state.json").unlink()
+    with pytest.raises(InputError, match="1 checkpoint and none can be read"):
+        load_state(tmp_path, model, optimizer)
+
+
 def test_checkpoint_of_another_model_is_refused(tmp_path):
     model, _, optimizer = make_run()
     save_state(tmp_path, 1, model, optimizer, {})
