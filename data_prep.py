@@ -187,9 +187,7 @@ def check(args: Args) -> None:
     if args.source == "teacher":
         raise InputError("--source teacher: a teacher writes outlines, not stories; use --outlines teacher")
     out = args.out.resolve()
-    check_folder(args.out)
-    if out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file():
-        raise InputError(f"--out {args.out}: holds something else than a data set, give a new or empty folder")
+    check_folder(args.out, "manifest.json")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -223,11 +221,13 @@ def read(args: Args, store: RowStore) -> dict[str, dict]:
             rows = read_rows(place, columns[origin], wrong)
             sources[origin] = {"from": place}
         if origin == "source":
-            # The outlines come from elsewhere: drop any that this set may hold.
-            rows = (row | {"think": None} for row in rows)
+            # The outlines come from elsewhere: leave out any that this set may hold.
+            rows = without_outlines(rows, unused := Counter())
         whole: Counter = Counter()
         rows = tqdm(islice(rows, args.limit), desc=f"reading {origin}", unit=" rows", total=args.limit, disable=None)
         store.add(counting_whole(rows, whole), origin)
+        if origin == "source" and unused["outlines"]:
+            print(f"--source {place}: {unused['outlines']} rows have an outline, which only --outlines {place} would use")
         store.tallies[origin].dropped["wrong_type"]["unknown"] += wrong["wrong_type"]
         if origin == "outlines" and not whole["rows"]:
             raise InputError(
@@ -235,6 +235,13 @@ def read(args: Args, store: RowStore) -> dict[str, dict]:
                 "and --outlines-story-column, or use --outlines teacher or --outlines corpus"
             )
     return sources
+
+
+def without_outlines(rows: Iterable[dict], unused: Counter) -> Iterator[dict]:
+    """Yield the rows without their outlines, counting those."""
+    for row in rows:
+        unused["outlines"] += bool(row["think"])
+        yield row | {"think": None}
 
 
 def counting_whole(rows: Iterable[dict], whole: Counter) -> Iterator[dict]:

@@ -25,13 +25,13 @@ from transformers import PreTrainedModel
 
 from rew_config import RewardConfig
 from reward import Reward, Sample, Score
-from storygen.batching import token_budget_batches
+from storygen.batching import context_length, token_budget_batches
 from storygen.checkpoint import load_model
-from storygen.cli import InputError, check_flags, check_folder, pick_device, run, write_atomically
+from storygen.cli import InputError, as_json, check_flags, check_folder, pick_device, run, write_atomically
 from storygen.corpus import load_prompts, load_sft
 from storygen.diversity import Copies, distinct, nearest, self_bleu
 from storygen.logprobs import best_dtype, response_logps
-from storygen.pattern import Pattern, add_pattern_tokens, context_length
+from storygen.pattern import Pattern, add_pattern_tokens
 from storygen.report import write_comparison
 from storygen.rollout import rollout
 from storygen.sampler import sample
@@ -81,12 +81,12 @@ def check(args: Args) -> None:
     if len(set(args.models)) < len(args.models):
         raise InputError("a model folder is given twice")
     check_flags(args, {"num": 1, "prompts": 1, "seed": 0}, ("temperature", "length_target"))
-    check_folder(args.out)
+    check_folder(args.out, "evaluation.json")
 
 
 def load_policy(folder: str, device: str) -> tuple[PreTrainedModel, Pattern]:
     """A model to evaluate and its pattern, whose tokens are added to the tokenizer if it lacks them."""
-    model, tokenizer = load_model(folder, device, dtype=best_dtype(device))
+    model, tokenizer = load_model(folder, device, dtype=best_dtype(device), flag="MODEL")
     add_pattern_tokens(model, tokenizer)
     return model, Pattern(tokenizer)
 
@@ -312,10 +312,12 @@ def measures(results: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
 
 def main(args: Args) -> None:
     check(args)
+    config = as_json(args)
+    print(json.dumps(config))
     device = pick_device(args.device)
     for folder in args.models:
         load_policy(folder, "cpu")  # reports an unusable folder before minutes go into the others
-    reference = load_model(args.reference, device, dtype=best_dtype(device)) if args.reference else None
+    reference = load_model(args.reference, device, dtype=best_dtype(device), flag="--reference") if args.reference else None
     pool = load_prompts(args.data, args.split)
     if not pool:
         raise InputError(f"{args.data} holds no prompt of the split {args.split}: give another --split")
@@ -330,7 +332,7 @@ def main(args: Args) -> None:
     report: dict[str, Any] = {
         "data": str(args.data), "split": args.split, "prompts": len(prompts), "num": args.num, "seed": args.seed,
         "temperature": args.temperature, "length_target": length_target, "reference": args.reference, "device": device,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}, "models": [],
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}, "config": config, "models": [],
     }  # fmt: skip
     results, rows, first = report["models"], [], None
     for folder in args.models:

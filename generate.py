@@ -15,12 +15,14 @@ from typing import Annotated
 import tyro
 
 from reward import Reward, Sample
+from storygen.batching import context_length
 from storygen.checkpoint import load_model
 from storygen.cli import InputError, check_flags, pick_device, run
 from storygen.logprobs import best_dtype
-from storygen.pattern import Pattern, context_length, text_verdict
+from storygen.pattern import Pattern, text_verdict
 from storygen.sampler import sample
 from storygen.tracking import show_sample
+from storygen.workbench import SURROGATE
 
 STAGES = ("artifacts/rl/final", "artifacts/zeroshot", "artifacts/oneshot")
 
@@ -82,7 +84,7 @@ def read_prompts(args: Args) -> list[str]:
                 raise InputError(f'{name}, line {number}: not a JSON row with a field "prompt"') from None
             if not isinstance(line, str):
                 raise InputError(f"{name}, line {number}: the prompt is not text")
-        prompts.append(line)
+        prompts.append(line.rstrip("\r"))
     if not prompts:
         raise InputError(f"{name} holds no prompt")
     return prompts
@@ -92,11 +94,15 @@ def check(args: Args, prompts: list[str]) -> None:
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise InputError(f"prompt {number} is empty: say what the story should be about")
+        if SURROGATE.search(prompt):
+            raise InputError(f"prompt {number} holds half a character (a lone surrogate), or is not UTF-8 text")
     check_flags(args, {"num": 1, "best_of": 1, "seed": 0}, ("temperature", "top_p"))
     if args.top_p > 1:
         raise InputError(f"--top-p must be at most 1, not {args.top_p:g}")
     if args.more < 0:
         raise InputError(f"--continue must be at least 0, not {args.more}")
+    if args.outline is not None and SURROGATE.search(args.outline):
+        raise InputError("--outline holds half a character (a lone surrogate), or is not UTF-8 text")
     if args.outline is not None and text_verdict(args.outline, "A story.", True) != "ok":
         raise InputError("--outline must hold some text, and none of the pattern's tags")
 

@@ -25,14 +25,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-from storygen.batching import token_budget_batches
+from storygen.batching import context_length, token_budget_batches
 from storygen.card import push, write_card
 from storygen.checkpoint import Interrupt, load_model, load_state, save_model, save_state
-from storygen.cli import InputError, as_json, check_flags, claim, fill, pick_device, run, write_atomically
+from storygen.cli import InputError, as_json, check_flags, check_folder, claim, fill, pick_device, run, write_atomically
 from storygen.corpus import load_manifest, load_sft, spread
 from storygen.logprobs import Precision, cast_once, check_head, pick_dtype, response_logps
 from storygen.memory import Shape, free_memory, halve_until_it_fits, keep_freed_memory, peak_memory, plan
-from storygen.pattern import Pattern, add_pattern_tokens, context_length
+from storygen.pattern import Pattern, add_pattern_tokens
 from storygen.processes import add, add_gradients, check_shared, deal, gather, join, share
 from storygen.sampler import sample
 from storygen.tracking import Log, TrackerName, Trackers, progress, show_sample
@@ -249,6 +249,9 @@ def main(args: Args) -> None:
         args.revision = args.revision or pinned
     args.model = args.model or "artifacts/oneshot"
     check_flags(args, AT_LEAST, ABOVE_ZERO)
+    check_folder(args.out, "run.json")
+    if (args.out / "samples.jsonl").exists():
+        raise InputError(f"{args.out} holds an RL run: give another --out")
     if args.dropout >= 1:
         raise InputError(f"--dropout must be below 1, not {args.dropout:g}")
     dtype = pick_dtype(args.precision, device)
@@ -282,6 +285,10 @@ def main(args: Args) -> None:
         )
         if not rows[split]:
             raise InputError(f"{args.data} has no {split} row that fits a context of {context} tokens")
+    if examples:
+        longest = max(map(len, examples))
+        alone = sum(longest + len(row.ids) > context for row in rows["train"])
+        print(f"{alone} training rows have no room for the longest example and go without one when it is drawn")
     check_head(model, rows["train"][0].ids, pattern.pad_id)
     # Rows get the same example and drills are cut at the same place at every validation, so that losses are comparable.
     generator = np.random.default_rng(args.seed)

@@ -11,7 +11,7 @@
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,7 +50,7 @@ DEFAULT = RewardConfig()
 @dataclass(frozen=True)
 class Sample:
     """A response to score. room: tokens left between its end and the context limit; None: unknown, no overlong penalty.
-    verdict: the grammar's, if tokens were parsed; None: derived from the text."""
+    verdict: the grammar's, if tokens were parsed; None: derived from the text, where a tag that is spelled out counts."""
 
     prompt: str
     think: str
@@ -277,9 +277,7 @@ def clip(value: float) -> float:
 
 
 def verdict_of(sample: Sample) -> str:
-    if sample.verdict is not None and sample.verdict != "ok":
-        return sample.verdict
-    return text_verdict(sample.think, sample.story, sample.finished)
+    return sample.verdict or text_verdict(sample.think, sample.story, sample.finished)
 
 
 @dataclass
@@ -348,7 +346,9 @@ def target_of(args: Workbench, reward: Reward, row: dict[str, Any] | None = None
 
 
 def sample_of(row: dict[str, Any]) -> Sample:
-    return Sample(**{key: row.get(key) for key in ("prompt", "think", "story", "finished", "verdict", "room")})
+    """A row's texts may have been edited since it was scored: of its verdict, only what no text can show still counts."""
+    sample = Sample(**{key: row.get(key) for key in ("prompt", "think", "story", "finished", "verdict", "room")})
+    return sample if sample.verdict in ("stray_token", "no_story", "text_after_eos") else replace(sample, verdict=None)
 
 
 def score_rows(args: ScoreRows) -> None:

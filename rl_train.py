@@ -29,15 +29,15 @@ from tqdm import tqdm
 
 from rew_config import RewardConfig
 from reward import Reward, Sample, Score
-from storygen.batching import token_budget_batches
+from storygen.batching import context_length, token_budget_batches
 from storygen.bertscore import weights_sha256
 from storygen.card import before_and_after, push, write_card
 from storygen.checkpoint import Interrupt, Stopped, checkpoints, load_model, load_state, save_model, save_state
-from storygen.cli import InputError, as_json, check_flags, claim, fill, pick_device, run, write_atomically
+from storygen.cli import InputError, as_json, check_flags, check_folder, claim, fill, pick_device, run, write_atomically
 from storygen.corpus import load_manifest, load_prompts, load_sft, spread
 from storygen.logprobs import Precision, cast_once, check_forward, check_head, pick_dtype, response_logps
 from storygen.memory import Shape, free_memory, halve_until_it_fits, keep_freed_memory, peak_memory, plan
-from storygen.pattern import Pattern, context_length
+from storygen.pattern import Pattern
 from storygen.ppo import Advantage, adapt_beta, advantages, next_length_target, policy_loss
 from storygen.processes import add, add_gradients, check_shared, gather, join, share
 from storygen.report import write_report
@@ -66,7 +66,7 @@ class Args:
     k: int | None = None
     """K, samples per prompt. Default by preset."""
     advantage: Advantage = "loo"
-    """loo: against the prompt's other samples; group: GRPO; raw: the reward itself; decoupled: GDPO. See storygen/ppo.py."""
+    """loo: against the prompt's other samples; group: GRPO; batch; raw: the reward itself; decoupled: GDPO. See storygen/ppo.py."""
     temperature: float = 1.0
     """Divides the logits in sampling, policy and reference alike."""
     max_new_tokens: int | None = None
@@ -311,7 +311,9 @@ def part_rewards(score: Score, config: RewardConfig) -> list[float]:
 def check(args: Args, states: Path, processes: int) -> None:
     """Check what can be checked before anything is loaded."""
     check_flags(args, AT_LEAST, ABOVE_ZERO)
-    if args.advantage != "raw" and args.k < 2:
+    if args.advantage == "batch" and args.prompts * args.k < 2:
+        raise InputError("--advantage batch compares the samples of a step: --prompts times --k must be at least 2")
+    if args.advantage not in ("batch", "raw") and args.k < 2:
         raise InputError(
             f"--advantage {args.advantage} compares samples of one prompt: --k must be at least 2, not {args.k}"
         )
@@ -321,8 +323,13 @@ def check(args: Args, states: Path, processes: int) -> None:
         raise InputError(f"--minibatches {args.minibatches} is more than the {args.prompts} prompts of a step")
     if processes > min(args.prompts, args.eval_prompts):
         raise InputError(f"{processes} processes are more than --prompts or --eval-prompts: start fewer")
-    if checkpoints(states) and not args.resume:
+    check_folder(args.out, "run.json")
+    if (args.out / "config.json").exists():
+        raise InputError(f"{args.out} holds a model: give another --out")
+    if not args.resume and (checkpoints(states) or (args.out / "metrics.jsonl").exists()):
         raise InputError(f"{args.out} holds a run: continue it with --resume, or give another --out")
+    if (args.out / "final").exists() and not checkpoints(states):
+        raise InputError(f"{args.out} holds a finished run without its checkpoints: give another --out")
 
 
 def main(args: Args) -> None:
@@ -447,7 +454,8 @@ def main(args: Args) -> None:
 
     if state["step"] == 0:
         before, batch, samples = evaluate(0)
-        rows = spread(load_sft(args.data, "validation"), 100)  # enough for the 10th and 90th percentile
+        # What human rows earn, for the report alone: RL learns from prompts, and does without them.
+        rows = spread(load_sft(args.data, "validation"), 100) if (args.data / "sft.parquet").exists() else []
         human = [Sample(row["prompt"], row["think"], row["story"], True) for row in rows]
         before |= human_range(reward(human, human_median))
         check_head(model, batch.rows[0], pattern.pad_id)

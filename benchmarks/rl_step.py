@@ -27,11 +27,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root's reward.py, 
 import rl_train
 from benchmarks.trl_peer import run_trl
 from reward import Reward, Sample
+from storygen.batching import context_length
 from storygen.checkpoint import load_model
 from storygen.corpus import load_prompts
 from storygen.logprobs import pick_dtype
 from storygen.memory import keep_freed_memory, peak_memory
-from storygen.pattern import Pattern, context_length
+from storygen.pattern import Pattern
 from storygen.ppo import adapt_beta, advantages
 from storygen.rollout import rollout
 

@@ -25,12 +25,12 @@ import tyro
 from torch import nn
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-from storygen.batching import token_budget_batches
+from storygen.batching import context_length, token_budget_batches
 from storygen.checkpoint import load_model
 from storygen.corpus import load_sft
 from storygen.logprobs import cast_once, pick_dtype, response_logps
 from storygen.memory import keep_freed_memory, peak_memory
-from storygen.pattern import Pattern, context_length
+from storygen.pattern import Pattern
 
 
 @dataclass

@@ -30,12 +30,13 @@ import rl_train
 from benchmarks.rl_step import Ours
 from benchmarks.trl_peer import run_trl
 from reward import Reward, Sample
+from storygen.batching import context_length
 from storygen.checkpoint import load_model
 from storygen.cli import as_json, write_atomically
 from storygen.corpus import load_prompts, spread
 from storygen.logprobs import pick_dtype
 from storygen.memory import keep_freed_memory
-from storygen.pattern import Pattern, context_length
+from storygen.pattern import Pattern
 from storygen.rollout import rollout
 
 

@@ -1,7 +1,8 @@
-"""Token-budget batches: rows of similar length together, so that little of a batch is padding."""
+"""Token-budget batches: rows of similar length together, so that little of a batch is padding; and how long a row may be."""
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 
 def token_budget_batches(lengths: list[int], budget: int, generator: np.random.Generator | None = None) -> list[list[int]]:
@@ -31,3 +32,8 @@ def pad_right(rows: list[list[int]], pad_id: int, device: str | torch.device = "
     """(rows, longest) int64. On the right: causal attention then never sees padding, and positions stay 0, 1, 2, …"""
     longest = max(map(len, rows))
     return torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], device=device)
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """The most tokens that a prompt and its response may have together."""
+    return model.config.max_position_embeddings

@@ -154,7 +154,9 @@ class Calibration:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
             curves = {key: {name: Curve(**curve) for name, curve in fields[key].items()} for key in ("chance", "human")}
             repetition = {n: {k: Curve(**curve) for k, curve in both.items()} for n, both in fields["repetition"].items()}
-            return Calibration(**{**fields, **curves, "repetition": repetition, "probe": Probe(**fields["probe"])})
+            made = Calibration(**{**fields, **curves, "repetition": repetition, "probe": Probe(**fields["probe"])})
+            made.summary()  # reads what every use of it needs
+            return made
         except FileNotFoundError:
             raise InputError(f"{path} is missing: run data_prep.py first") from None
         except (ValueError, TypeError, KeyError, AttributeError):

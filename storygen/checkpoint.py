@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, P
 from transformers.activations import NewGELUActivation
 
 from storygen.attention import PLAIN
+from storygen.batching import context_length
 from storygen.cli import InputError, file_sha256, put_in_place
-from storygen.pattern import context_length
 
 # On a CPU with bf16 multiplication, plain products are 1.6 to 4 times faster than its fused attention, forward and backward.
 # They keep (heads, length, length) weights per row, which would not fit for a longer context.
@@ -30,24 +30,25 @@ def load_model(
     device: str | torch.device = "cpu",
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
+    flag: str = "--model",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal model in fp32, in evaluation mode, and its tokenizer, from a folder or the hub (there at `revision`).
 
-    dtype: of the computation to come, which decides the attention implementation; the weights are fp32 in any case. Raises
-    `InputError` if there is no model, if it cannot be read, or if model and tokenizer do not belong together.
+    dtype: of the computation to come, which decides the attention implementation; the weights are fp32 in any case. flag:
+    of the command line, that named the source. Raises `InputError` if there is no model, if it cannot be read, or if model and tokenizer do not belong together.
     """
     folder = Path(source)
     if folder.exists() and not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no config.json: it is no model folder")
     if not folder.exists() and (str(source).startswith(("/", ".", "artifacts")) or str(source).count("/") > 1):
-        raise InputError(f"{folder} does not exist: run the stage that makes it, or give another --model")
+        raise InputError(f"{folder} does not exist: run the stage that makes it, or give another {flag}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
         # Weights as safetensors only: a stranger's pickle can run code.
         model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch.float32, use_safetensors=True)
     except Exception as error:  # noqa: BLE001  transformers, safetensors, tokenizers and the hub client each raise their own
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise InputError(f"cannot load a model from {source} ({reason}): give --model a folder on this machine") from None
+        raise InputError(f"cannot load a model from {source} ({reason}): for {flag} give a folder on this machine") from None
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise InputError(
             f"{source}: the tokenizer has {len(tokenizer)} tokens, the model {model.get_input_embeddings().weight.shape[0]} "

@@ -11,6 +11,8 @@ import re
 from bisect import bisect_left
 from dataclasses import dataclass
 
+from storygen.outlines import LEADING_REASONING, problem
+
 # A pass can uncover work for another (an entity inside an entity, a note above a note). Real rows settle after one.
 PASSES = 12
 
@@ -142,6 +144,8 @@ class Bounds:
     """Shortest prompt kept: one- and two-word titles come from picture prompts and say nothing without the picture."""
     max_prompt: int = 150
     """Longest prompt kept."""
+    min_outline: int = 1
+    """Shortest outline kept. A teacher's are held to bounds of their own, see storygen/outlines.py."""
     max_outline: int = 500
     """Longest outline kept."""
 
@@ -196,14 +200,18 @@ def clean_row(row: dict, bounds: Bounds) -> tuple[dict | None, str | None]:
         if any(phrase in head for phrase in MODERATOR):
             return None, "moderator"
     prompt = clean_prompt(prompt)
-    think = clean_story(think) or None if think is not None else None
+    think = clean_story(LEADING_REASONING.sub("", think)) or None if think is not None else None
     if not prompt:
         return None, "empty_prompt"
     words = len(prompt.split())
     if not bounds.min_prompt <= words <= bounds.max_prompt:
         return None, "too_short" if words < bounds.min_prompt else "too_long"
-    if think is not None and len(think.split()) > bounds.max_outline:
-        return None, "too_long"
+    if think is not None:
+        # Sentences of the story are a plan too, if a poor one; most of the story is none.
+        rival = story if story and 2 * len(think.split()) > len(story.split()) else ""
+        reason = problem(think, rival, bounds.min_outline, bounds.max_outline)
+        if reason:
+            return None, reason
     if story is not None:
         story = clean_story(story)
         if not story:

@@ -47,15 +47,16 @@ def lost_process(error: Exception) -> bool:
 
 def run(main: Callable[[Any], None], args_type: Any) -> None:
     """Parse the command line into `args_type`, call `main`, and turn an `InputError` into one line and exit code 2."""
+    import huggingface_hub.utils.logging as hub_logging
     import tyro
     from transformers.utils import logging
 
-    # Our own errors say in one line what transformers would log about our inputs; its bars would clash with ours.
+    # Our own errors say in one line what these libraries would log about our inputs; their bars would clash with ours.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    args = tyro.cli(args_type, config=(tyro.conf.AvoidSubcommands,))
+    hub_logging.set_verbosity_error()
     try:
-        main(args)
+        main(tyro.cli(args_type, config=(tyro.conf.AvoidSubcommands,)))
     except InputError as error:
         rank = os.environ.get("RANK", "0")  # torchrun's variable for the process number
         if rank == "0" or error.one_process:
@@ -136,10 +137,15 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_folder(out: Path) -> None:
-    """Raises `InputError` if an output folder is to be made where a file is."""
+def check_folder(out: Path, *own: str) -> None:
+    """Raises `InputError` if an output folder is to be made where a file is, or where a folder holds none of the files `own`.
+
+    A folder of another kind has files of the same names (metrics.jsonl, samples.jsonl, report.html), which would be lost.
+    """
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: give another --out, a folder")
+    if own and out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in own):
+        raise InputError(f"--out {out} holds something else than this script writes: give a new or empty folder")
 
 
 def claim(out: Path) -> IO[str]:
@@ -176,7 +182,10 @@ def check_flags(args: Any, at_least: dict[str, float], above_zero: tuple[str, ..
     bounds = [(name, "at least", bound) for name, bound in at_least.items()] + [(name, "above", 0) for name in above_zero]
     for name, relation, bound in bounds:
         value = getattr(args, name)
-        if value is None or (math.isfinite(value) and (value > bound or (relation == "at least" and value == bound))):
+        finite = isinstance(value, int) or (
+            value is not None and math.isfinite(value)
+        )  # an int may be too large for a float
+        if value is None or (finite and (value > bound or (relation == "at least" and value == bound))):
             continue
         raise InputError(f"--{name.replace('_', '-')} must be {relation} {bound:g}, not {value:g}")
 

@@ -129,7 +129,7 @@ def load_manifest(data_dir: Path | str) -> dict:
         raise InputError(f"{path} is missing: run `python data_prep.py --out {data_dir}` first") from None
     except (OSError, ValueError):
         raise InputError(f"{path} cannot be read: run `python data_prep.py --out {data_dir}` again") from None
-    if not isinstance(manifest, dict):
+    if not isinstance(manifest, dict) or manifest.get("preset") not in ("demo", "gpt2") or "hashes" not in manifest:
         raise InputError(f"{path} is not a manifest: run `python data_prep.py --out {data_dir}` again")
     return manifest
 

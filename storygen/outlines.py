@@ -16,6 +16,8 @@ MIN_WORDS, MAX_WORDS = 15, 200
 COPY_RUN, MAX_COPIED = 8, 0.2
 MAX_ANSWER_TOKENS = 2048
 REASONING = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)|\A.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+# Of an outline that comes in a file: a tag further on is its writer's own text.
+LEADING_REASONING = re.compile(r"\A\s*<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
 REFUSAL = re.compile(
     r"\A\W*(?:i(?:'m| am) (?:sorry|unable|not able)|sorry\b|i (?:can(?:'t|not)|won't|will not)\b|as an ai\b|i apologi[sz]e"
     r"|unfortunately,? i\b)",
@@ -79,14 +81,15 @@ def ask(rows: list[dict], teacher: Teacher, progress: Callable[[], None] = lambd
             raise InputError(f"--teacher-url {teacher.url}: {_first_line(error)}") from None
 
         def answer(row: dict) -> str | None:
+            """What the teacher said, "" if that is nothing whole; None if the endpoint sent no chat completion at all."""
             messages = [{"role": "user", "content": teacher.question(row)}]
             try:
                 reply = client.chat.completions.create(
                     model=teacher.model, messages=messages, temperature=0.7, max_tokens=MAX_ANSWER_TOKENS
                 )
                 choice = reply.choices[0]
-                return None if choice.finish_reason == "length" else choice.message.content
-            except (ValueError, TypeError, AttributeError, LookupError):  # cut off, or no chat completion at all
+                return "" if choice.finish_reason == "length" else choice.message.content or ""
+            except (ValueError, TypeError, AttributeError, LookupError):
                 return None
 
         def silent(error: openai.APIConnectionError) -> InputError:
@@ -118,7 +121,7 @@ def ask(rows: list[dict], teacher: Teacher, progress: Callable[[], None] = lambd
                     except openai.OpenAIError:
                         counts["request_failed"] += 1
                     else:
-                        if text:
+                        if text is not None:  # an empty answer has been paid for too
                             answers[futures[future]] = text
                             cache.write(json.dumps({"key": futures[future], "answer": text}) + "\n")
                             cache.flush()
@@ -131,7 +134,8 @@ def ask(rows: list[dict], teacher: Teacher, progress: Callable[[], None] = lambd
     outlines: list[str | None] = []
     for row in rows:
         text = answers.get(teacher.key(row))
-        outline = None if text is None else REASONING.sub("", text).strip()
+        counts["no_answer"] += text == ""
+        outline = REASONING.sub("", text).strip() if text else None
         reason = None if outline is None else problem(outline, row["story"])
         counts.update([reason] if reason else [])
         outlines.append(None if reason else outline)
@@ -141,14 +145,17 @@ def ask(rows: list[dict], teacher: Teacher, progress: Callable[[], None] = lambd
     return outlines, counts
 
 
-def problem(outline: str, story: str) -> str | None:
-    """Why an outline cannot be used: `refusal`, `outline_too_short`, `outline_too_long`, `outline_copies_story`; or None."""
+def problem(outline: str, story: str, least: int = MIN_WORDS, most: int = MAX_WORDS) -> str | None:
+    """Why an outline cannot be used: `refusal`, `outline_too_short`, `outline_too_long`, `outline_copies_story`; or None.
+
+    least, most: words.
+    """
     words = outline.lower().split()
     if REFUSAL.match(outline.replace("’", "'")):
         return "refusal"
-    if len(words) < MIN_WORDS:
+    if len(words) < least:
         return "outline_too_short"
-    if len(words) > MAX_WORDS:
+    if len(words) > most:
         return "outline_too_long"
     runs, of_story = _runs(words), set(_runs(story.lower().split()))
     return "outline_copies_story" if sum(run in of_story for run in runs) > MAX_COPIED * len(runs) else None

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from storygen.batching import context_length
 from storygen.cli import InputError
 
 PROMPT, THINK, STORY, EOS = TAGS = ("<prompt>", "<think>", "<story>", "<eos>")
@@ -54,10 +55,14 @@ def text_verdict(think: str, story: str, finished: bool) -> str:
         return "two_think_tags"
     if STORY in text:
         return "two_story_tags"
+    if finished and EOS in text:
+        return "text_after_eos"
+    return _sections_verdict(think, story, finished)
+
+
+def _sections_verdict(think: str, story: str, finished: bool) -> str:
     if not finished:
         return "no_eos"
-    if EOS in text:
-        return "text_after_eos"
     if not think.strip():
         return "empty_think"
     if not story.strip():
@@ -110,11 +115,6 @@ def add_pattern_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     model.generation_config.do_sample = True
     tokenizer.model_max_length = context_length(model)
     tokenizer.chat_template = CHAT_TEMPLATE
-
-
-def context_length(model: PreTrainedModel) -> int:
-    """The most tokens that a prompt and its response may have together."""
-    return model.config.max_position_embeddings
 
 
 class Pattern:
@@ -183,7 +183,7 @@ class Pattern:
         return text.replace(INDENT, "\n").strip()
 
     def parse(self, response: list[int]) -> Parsed:
-        """Split the ids after `prefix` at the tags' own ids; a tag spelled out in a section's text makes it malformed."""
+        """Split the ids after `prefix` at the tags' own ids; a tag that is spelled out in plain tokens is text like any other."""
         finished = self.eos_id in response
         end = response.index(self.eos_id) if finished else len(response)
         body = response[:end]
@@ -195,6 +195,12 @@ class Pattern:
             verdict = "text_after_eos"
         elif finished and split == len(body):
             verdict = "no_story"
+        elif self.prompt_id in body:
+            verdict = "prompt_tag"
+        elif self.think_id in body:
+            verdict = "two_think_tags"
+        elif body.count(self.story_id) > 1:
+            verdict = "two_story_tags"
         else:
-            verdict = text_verdict(think, story, finished)
+            verdict = _sections_verdict(think, story, finished)
         return Parsed(think, story, finished, verdict)

@@ -4,11 +4,11 @@ Token tensors are flat: all response tokens of a batch one after the other, (tok
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
-Advantage = Literal["loo", "group", "raw", "decoupled"]
+Advantage = Literal["loo", "group", "batch", "raw", "decoupled"]
 
 
 def advantages(
@@ -22,6 +22,7 @@ def advantages(
 
     loo    reward minus the mean of the prompt's other samples (RLOO, arXiv 2402.14740), over one batch-wide scale
     group  reward minus the prompt's mean, over the prompt's own standard deviation (GRPO, arXiv 2402.03300)
+    batch  reward minus the batch's mean, over the batch's standard deviation
     raw    the reward itself
     decoupled  GDPO (arXiv 2601.05242): each part of the reward normalised by the prompt's own mean and deviation, then
            their sum, weighted by `weights` (parts,), by the batch's; `by_part` (parts, prompts, samples) holds what a
@@ -29,17 +30,21 @@ def advantages(
 
     loo divides by the batch-wide deviation from the prompts' means: a prompt whose samples nearly tie keeps small
     advantages, where its own deviation would blow noise up to full size. All but raw are clipped to +-`limit`.
-    Raises `ValueError` for any mode but raw with a single sample per prompt.
+    Raises `ValueError` for another mode, and for loo, group and decoupled with a single sample per prompt.
     """
     samples = rewards.shape[1]
+    if mode not in get_args(Advantage):
+        raise ValueError(f"there is no advantage {mode!r}, there are: {', '.join(get_args(Advantage))}")
     if mode == "raw":
         return rewards
+    if mode == "batch":
+        return ((rewards - rewards.mean()) / (rewards.std() + 1e-4)).clamp(-limit, limit)
     if samples < 2:
         raise ValueError(f"advantage {mode} compares samples of one prompt: it needs at least 2, not {samples}")
     if mode == "decoupled":
         normal = (by_part - by_part.mean(2, keepdim=True)) / (by_part.std(2, keepdim=True) + 1e-4)
         total = torch.einsum("w,wps->ps", weights, normal)
-        return ((total - total.mean()) / (total.std() + 1e-4)).clamp(-limit, limit)
+        return advantages(total, "batch", limit=limit)
     centred = rewards - rewards.mean(1, keepdim=True)
     if mode == "group":
         return (centred / (rewards.std(1, keepdim=True) + 1e-4)).clamp(-limit, limit)
@@ -59,8 +64,6 @@ class LossStats:
     """KL(new || reference) by the ratio-weighted k3 estimator, nats."""
     clipped: float
     """Tokens whose ratio left the clip range on the side where the gradient stops."""
-    ratio_max: float
-    """Largest |ratio - 1|; not a sum."""
 
 
 def policy_loss(
@@ -97,7 +100,6 @@ def policy_loss(
             approx_kl=(ratio - 1 - log_ratio).sum().item(),
             kl=kl.sum().item(),
             clipped=clipped.sum().item(),
-            ratio_max=(ratio - 1).abs().max().item(),
         )
     return loss, stats
 

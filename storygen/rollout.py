@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from storygen.batching import context_length
 from storygen.logprobs import cast_once, response_logps
-from storygen.pattern import Parsed, Pattern, context_length
+from storygen.pattern import Parsed, Pattern
 from storygen.sampler import sample
 
 

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from storygen import gpu_sampler, plain_sampler
+from storygen.batching import context_length
 from storygen.cli import InputError
 from storygen.decoder import Decoder, draw
-from storygen.pattern import context_length
 
 
 @dataclass

@@ -25,9 +25,12 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 def read_rows(path: Path, extra: dict[str, type] | None = None) -> list[dict[str, Any]]:
     """Rows of a jsonl file, each checked for the keys of a sample and `extra` ones; InputError names file and line."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+        data = path.read_bytes()
+        lines = data.decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}:{data[: error.start].count(10) + 1}: not UTF-8 text; convert the file first") from None
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

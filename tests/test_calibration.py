@@ -114,6 +114,10 @@ def test_saved_is_loaded(calibration, tmp_path):
     (tmp_path / "bad.json").write_text('{"n": 3}')
     with pytest.raises(InputError, match="not a calibration"):
         Calibration.load(tmp_path / "bad.json")
+    whole = json.loads((tmp_path / "c.json").read_text())
+    (tmp_path / "bad.json").write_text(json.dumps(whole | {"quantiles": {}}))
+    with pytest.raises(InputError, match="not a calibration"):
+        Calibration.load(tmp_path / "bad.json")
     with pytest.raises(InputError, match=r"data_prep\.py first"):
         Calibration.load(tmp_path / "none.json")
 

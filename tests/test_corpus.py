@@ -224,6 +224,25 @@ def test_each_drop_has_its_reason(prompt, story, reason):
     assert clean_row({"prompt": prompt, "think": None, "story": story}, Bounds())[1] == reason
 
 
+PLAN = "A ferryman rows the same silent passenger until he learns who she is."
+
+
+@pytest.mark.parametrize(
+    "outline, kept, reason",
+    [
+        (PLAN, PLAN, None),
+        (f"<think>Let me see.\nA ferry?</think>\n{PLAN}", PLAN, None),
+        (" ".join(LONG.split()[:20]), " ".join(LONG.split()[:20]), None),
+        ("I'm sorry, but I can't help with that request.", None, "refusal"),
+        (LONG, None, "outline_copies_story"),
+        ("Plan. " * 501, None, "outline_too_long"),
+    ],
+)
+def test_outlines_of_a_file_are_held_to_what_a_teachers_are(outline, kept, reason):
+    row, why = clean_row({"prompt": "A ferryman rows at night.", "think": outline, "story": LONG}, Bounds())
+    assert why == reason and (row and row["think"]) == kept
+
+
 def write_jsonl(path: Path, *rows) -> Path:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -402,6 +421,10 @@ def test_loaders_say_what_to_run(tmp_path):
     for call in (lambda p: load_manifest(p), lambda p: load_sft(p, "train"), lambda p: load_prompts(p, "train")):
         with pytest.raises(InputError, match=r"run `python data_prep.py --out"):
             call(tmp_path)
+    for manifest in ("{}", '{"preset": "huge", "hashes": {}}', '{"preset": "demo"}', "[1]"):
+        (tmp_path / "manifest.json").write_text(manifest)
+        with pytest.raises(InputError, match="again"):
+            load_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     pq.write_table(pa.table({"split": ["train"], "prompt": ["x"]}), tmp_path / "sft.parquet")
     (tmp_path / "prompts.parquet").write_bytes(b"torn")

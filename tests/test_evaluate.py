@@ -162,6 +162,7 @@ def test_a_whole_comparison(folders, capsys):
     assert printed == json.loads((folders / "out" / "evaluation.json").read_text("utf-8"))
     first, second = printed["models"]
     assert printed["prompts"] == 4 and printed["length_target"] == 20.0
+    assert printed["config"]["reward"]["length"]["weight"] == evaluate.RewardConfig().length.weight
     assert first["vs_first"] is None and second["vs_first"]["mean"] == 0.0
     assert first["reward"] == second["reward"] and first["reference_nll"] == second["reference_nll"] > 0
     assert 0 <= first["copied_run"]["p50"] <= first["copied_run"]["p100"] <= 7 and 0 <= first["nearest_story"]["p100"] <= 1
@@ -193,6 +194,16 @@ def test_a_comparison_that_is_stopped_keeps_the_models_it_finished(folders, monk
     rows = [json.loads(line) for line in (folders / "out" / "samples.jsonl").read_text("utf-8").splitlines()]
     assert len(rows) == 4 * 2 and kept[0]["unplanned_well_formed"] * 8 % 1 == 0
     assert "1 of 2 models" in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_not_written_to(folders):
+    """An RL run has files of the same names."""
+    run = folders / "run"
+    run.mkdir()
+    (run / "samples.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match="something else"):
+        evaluate.main(evaluate.Args((str(folders / "a"),), folders / "data", run, device="cpu"))
+    assert [p.name for p in run.iterdir()] == ["samples.jsonl"] and (run / "samples.jsonl").read_text() == "{}\n"
 
 
 def test_a_plain_language_model_may_stand_in_the_table(folders):

@@ -172,6 +172,9 @@ def read(terminal: int) -> bytes:
         (["--model", "MODEL"], b"ok\n\xff\xfe\n", "line 2: not UTF-8"),
         (["--prompts", "MISSING", "--model", "MODEL"], b"", "cannot read"),
         (["--prompts", "BAD", "--model", "MODEL"], b"", "line 2"),
+        (["--prompts", "HALF", "--model", "MODEL"], b"", "prompt 1 holds half a character"),
+        (["x", "--outline", "\udcff y", "--model", "MODEL"], b"", "--outline holds half a character"),
+        (["x", "--seed", "-1", "--model", "MODEL"], b"", "--seed must be at least 0"),
         (["x", "--prompts", "BAD", "--model", "MODEL"], b"", "not both"),
         (["word " * 200, "--model", "MODEL"], b"", "shorten the prompt"),
         (["x", "--model", "base_model"], b"", "pattern_learning.py"),
@@ -189,7 +192,10 @@ def read(terminal: int) -> bytes:
 )
 def test_bad_input_is_one_line_and_exit_code_2(script, folder, tmp_path, arguments, stdin, says):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"text": "y"}\n')
-    names = {"MODEL": folder, "MISSING": tmp_path / "none.txt", "BAD": tmp_path / "bad.jsonl"}
+    (tmp_path / "half.jsonl").write_text('{"prompt": "a \\ud800 b"}\n')
+    names = {
+        "MODEL": folder, "MISSING": tmp_path / "none.txt", "BAD": tmp_path / "bad.jsonl", "HALF": tmp_path / "half.jsonl"
+    }  # fmt: skip
     done = script("generate.py", *(names.get(a, a) for a in arguments), stdin=stdin)
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and not done.stdout

@@ -162,7 +162,7 @@ def test_hostile_files_are_read_or_refused_with_their_place(tmp_path, name, cont
         (json.dumps(ROW | {"finished": True, "think": "a " * 200_000}).encode(), ":2: 'think' has 400000 characters"),
         (json.dumps(ROW | {"finished": 1}).encode(), ":2: 'finished' must be a boolean"),
         (json.dumps(ROW | {"finished": True, "prompt": ["A dog."]}).encode(), ":2: 'prompt' must be a string"),
-        (b"\xff", "cannot be read"),
+        (b"\xff", ":2: not UTF-8"),
     ],
 )
 def test_rows_to_score_are_refused_with_their_line(tmp_path, line, says):
@@ -170,6 +170,11 @@ def test_rows_to_score_are_refused_with_their_line(tmp_path, line, says):
     with pytest.raises(InputError) as refused:
         rows_to_score(tmp_path / "rows.jsonl")
     assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_rows_to_score_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(ROW | {"finished": True}).encode())
+    assert len(rows_to_score(tmp_path / "rows.jsonl")) == 1
 
 
 def test_odd_characters_are_scored_like_any_other():

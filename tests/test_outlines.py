@@ -193,13 +193,6 @@ def test_an_endpoint_that_hangs_when_the_run_goes_on_is_told_too(serve, tmp_path
     assert len(server.requests) < 8
 
 
-def test_an_outline_cut_at_the_token_limit_is_no_answer(serve, tmp_path):
-    cut = {"id": "x", "object": "chat.completion", "created": 0, "model": "m",
-           "choices": [{"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": PLAN}}]}  # fmt: skip
-    outlines, counts = ask(rows(2), teacher(serve(Body(json.dumps(cut).encode()), PLAN), tmp_path, concurrency=1))
-    assert outlines == [None, PLAN] and counts["no_answer"] == 1
-
-
 @pytest.mark.parametrize(
     ("changes", "says"), [({"url": "http://localhost:8000v1"}, "--teacher-url"), ({"cache": Path("tests")}, "is a folder")]
 )
@@ -277,3 +270,14 @@ def test_braces_in_the_texts_stay(tmp_path):
 )
 def test_unusable_outlines_have_a_reason(outline, reason):
     assert problem(outline, STORY) == reason
+
+
+@pytest.mark.parametrize("reason, text", [("length", PLAN), ("stop", ""), ("stop", None)])
+def test_an_answer_that_was_paid_for_and_says_nothing_whole_is_not_asked_for_again(serve, tmp_path, reason, text):
+    empty = {"id": "x", "object": "chat.completion", "created": 0, "model": "m",
+             "choices": [{"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}]}  # fmt: skip
+    server = serve(Body(json.dumps(empty).encode()), PLAN)
+    for run in range(2):
+        outlines, counts = ask(rows(3), teacher(server, tmp_path, concurrency=1))
+        assert outlines == [None, PLAN, PLAN] and counts["no_answer"] == 1 and counts["from_cache"] == 3 * run
+    assert len(server.requests) == 3

@@ -215,12 +215,19 @@ def write(path, rows):
 
 
 def test_score_rows(script, tmp_path, reward):
-    rows = [ROWS[0] | {"id": 7}, ROWS[1] | {"finished": False, "note": "ünfinished"}]
+    # A verdict from before a row was mended says nothing of it now; that of tokens which no text shows still does.
+    rows = [
+        ROWS[0] | {"id": 7, "verdict": "no_eos"},
+        ROWS[1] | {"finished": False, "note": "ünfinished", "verdict": "ok"},
+        ROWS[1] | {"id": 8, "verdict": "stray_token"},
+        ROWS[1] | {"id": 9, "verdict": 5, "story": ROWS[1]["story"] + " <story> Again."},
+    ]
     path, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "scored.jsonl"
     result = script("reward.py", "score", path, "--data", data_folder(), "--out", out, "--length-target", "150")
     assert result.returncode == 0, result.stderr
     scored = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert [row["id"] if "id" in row else row["note"] for row in scored] == [7, "ünfinished"]
+    assert [row["id"] if "id" in row else row["note"] for row in scored] == [7, "ünfinished", 8, 9]
+    assert [row["verdict"] for row in scored] == ["ok", "no_eos", "stray_token", "two_story_tags"]
     assert scored[0]["reward"] == pytest.approx(reward([Sample(**ROWS[0])], 150)[0].reward, abs=1e-5)
     assert (scored[1]["reward"], scored[1]["verdict"]) == (-1, "no_eos")
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from storygen.batching import token_budget_batches
-from storygen.pattern import context_length
+from storygen.batching import context_length, token_budget_batches
 from storygen.rollout import rollout, rollout_logps
 
 PROMPTS = ["A dog.", "A lamp that was lit every night for a sailor who never came back.", "Rain."]

@@ -231,9 +231,11 @@ def test_a_stopped_run_can_be_ended_where_it_is(whole_run, zeroshot, home, scrip
 
 
 def test_a_model_without_a_story_to_its_name_has_a_length_target_too(script, home):
-    """Its outlines run to the end of the context, and there is one prompt: they leave no room."""
-    out = home / "no_story"
-    done = script("rl_train.py", "--data", home / "data", "--model", home / "oneshot", "--out", out, *RL,
+    """Its outlines run to the end of the context, and there is one prompt: they leave no room. Nor is there a human story."""
+    out, data = home / "no_story", home / "prompts_alone"
+    shutil.copytree(home / "data", data)
+    (data / "sft.parquet").unlink()
+    done = script("rl_train.py", "--data", data, "--model", home / "oneshot", "--out", out, *RL,
                   "--eval-prompts", "1", "--steps", "1")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert without_times(out / "metrics.jsonl")[1]["length/target"] >= 1
@@ -407,6 +409,12 @@ def test_samples_that_are_not_the_policys_are_refused(monkeypatch, capsys, zeros
         (["--model", "base_model"], "pattern_learning.py"),
         (["--out", "RUN"], "--resume"),
         (["--out", "FILE"], "is a file"),
+        (["--out", "TAKEN"], "--resume"),
+        (["--out", "TAKEN", "--resume"], "without its checkpoints"),
+        (["--out", "MODEL"], "holds a model"),
+        (["--out", "DATA"], "something else"),
+        (["--beta", "1.5"], "--beta must be at most 1"),
+        (["--advantage", "batch", "--prompts", "1", "--k", "1", "--minibatches", "1"], "--advantage batch"),
         (["--out", "RUN", "--resume", "--lr", "0.5"], "other settings (lr)"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--minibatches", "3"], "--minibatches"),
@@ -419,7 +427,11 @@ def test_samples_that_are_not_the_policys_are_refused(monkeypatch, capsys, zeros
     ],
 )
 def test_rl_refuses_bad_input_in_one_line(script, whole_run, zeroshot, home, arguments, says):
-    names = {"RUN": str(whole_run), "FILE": str(home / "toy.jsonl")}
+    taken = home / "taken"  # a finished run whose checkpoints were deleted to make room
+    if not taken.exists():
+        shutil.copytree(whole_run, taken, ignore=shutil.ignore_patterns("checkpoints"))
+    names = {"RUN": str(whole_run), "FILE": str(home / "toy.jsonl"), "TAKEN": str(taken), "MODEL": str(zeroshot),
+             "DATA": str(home / "data")}  # fmt: skip
     arguments = [names.get(a, a) for a in arguments]
     before = sorted(p.name for p in home.rglob("*"))
     done = script("rl_train.py", "--data", home / "data", "--model", zeroshot, "--out", home / "bad", *RL, *arguments)
@@ -440,9 +452,11 @@ def test_rl_refuses_bad_input_in_one_line(script, whole_run, zeroshot, home, arg
         (["--dropout", "1"], "--dropout"),
         (["--warmup", "0"], "--warmup"),
         (["--device", "cuda"], "no GPU"),
+        (["--out", "DATA"], "something else"),
     ],
 )
 def test_fine_tuning_refuses_bad_input_in_one_line(script, home, arguments, says):
+    arguments = [str(home / "data") if a == "DATA" else a for a in arguments]
     done = script(
         "pattern_learning.py", "--mode", "oneshot", "--data", home / "data", "--model", home / "base", "--out", home / "bad",
         *arguments,
