@@ -4,6 +4,7 @@
     python docs/figures.py length --out docs/length.svg runs/long
     python docs/figures.py vs-trl --out docs/vs_trl.svg artifacts/vs_trl/curves.json
     python docs/figures.py pretraining --out docs/pretraining.svg base_model/training_log.jsonl
+    python docs/figures.py sizes --out docs/sizes.svg base_model/sizes.jsonl
 
 A line is the mean over a group's runs (seeds); its band is one standard error of that mean.
 """
@@ -68,6 +69,14 @@ class Pretraining:
 
     log: tyro.conf.Positional[Path]
     out: Path = Path("pretraining.svg")
+
+
+@dataclass
+class Sizes:
+    """Validation losses of base models of several sizes, by tokens and by time: rows {size, minutes, tokens, val_simple, …}."""
+
+    log: tyro.conf.Positional[Path]
+    out: Path = Path("sizes.svg")
 
 
 def read(run: Path) -> list[dict]:
@@ -152,6 +161,23 @@ def pretraining(args: Pretraining) -> None:
     figure.savefig(args.out, metadata={"Date": None})
 
 
+def sizes(args: Sizes) -> None:
+    rows = [json.loads(line) for line in args.log.read_text(encoding="utf-8").splitlines()]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    for size in dict.fromkeys(row["size"] for row in rows):
+        own = [row for row in rows if row["size"] == size]
+        for axis, x in zip(axes, ("tokens", "minutes"), strict=True):
+            scale = 1e-6 if x == "tokens" else 1
+            axis.plot(
+                [row[x] * scale for row in own], [row["val_simple"] for row in own], label=size, marker="o", markersize=3
+            )
+    axes[0].set_title("validation loss on simple stories, nats a token", loc="left")
+    axes[0].set_xlabel("million tokens")
+    axes[1].set_xlabel("minutes of one core")
+    axes[1].legend(title="layers x width")
+    figure.savefig(args.out, metadata={"Date": None})
+
+
 if __name__ == "__main__":
-    command = tyro.cli(Annotated[Curves, tyro.conf.subcommand("curves")] | Length | VsTrl | Pretraining)
-    {Curves: curves, Length: length, VsTrl: vs_trl, Pretraining: pretraining}[type(command)](command)
+    command = tyro.cli(Annotated[Curves, tyro.conf.subcommand("curves")] | Length | VsTrl | Pretraining | Sizes)
+    {Curves: curves, Length: length, VsTrl: vs_trl, Pretraining: pretraining, Sizes: sizes}[type(command)](command)
