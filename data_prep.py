@@ -227,7 +227,8 @@ def read(args: Args, store: RowStore) -> dict[str, dict]:
         rows = tqdm(islice(rows, args.limit), desc=f"reading {origin}", unit=" rows", total=args.limit, disable=None)
         store.add(counting_whole(rows, whole), origin)
         if origin == "source" and unused["outlines"]:
-            print(f"--source {place}: {unused['outlines']} rows have an outline, which only --outlines {place} would use")
+            where = f"hub --outlines-hub {args.source_hub}" if place == "hub" else place
+            print(f"--source {place}: {unused['outlines']} rows have an outline, which only --outlines {where} would use")
         store.tallies[origin].dropped["wrong_type"]["unknown"] += wrong["wrong_type"]
         if origin == "outlines" and not whole["rows"]:
             raise InputError(

@@ -365,8 +365,8 @@ def main(args: Args) -> None:
         results.append(result)
         rows += [{"model": folder, **vars(s), **vars(score)} for s, score in zip(samples, scores, strict=True)]
         # After every model, so that a run that is stopped keeps those it finished.
-        write_atomically(args.out / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         write_atomically(args.out / "evaluation.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(args.out / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         page = write_comparison(args.out, measures(results), UNITS)
         reached = f"reward {result['reward']['mean']:.3f}, well-formed {result['well_formed']:.1%}"
         print(f"{folder}: {reached} ({len(results)} of {len(args.models)} models)", file=sys.stderr)

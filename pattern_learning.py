@@ -285,9 +285,10 @@ def main(args: Args) -> None:
         )
         if not rows[split]:
             raise InputError(f"{args.data} has no {split} row that fits a context of {context} tokens")
+    longest_example = max(map(len, examples), default=0)
+    longest_row = min(context, longest_example + max(len(row.ids) for split in rows.values() for row in split))
     if examples:
-        longest = max(map(len, examples))
-        alone = sum(longest + len(row.ids) > context for row in rows["train"])
+        alone = sum(longest_example + len(row.ids) > context for row in rows["train"])
         print(f"{alone} training rows have no room for the longest example and go without one when it is drawn")
     check_head(model, rows["train"][0].ids, pattern.pad_id)
     # Rows get the same example and drills are cut at the same place at every validation, so that losses are comparable.
@@ -308,7 +309,7 @@ def main(args: Args) -> None:
     check_shared(state and state["step"], states)
     if state is None:
         needs = plan(
-            Shape.of(model), rl=False, rows=min(args.rows, len(held_out)), micro_tokens=args.micro_tokens, longest=context,
+            Shape.of(model), rl=False, rows=min(args.rows, len(held_out)), micro_tokens=args.micro_tokens, longest_row=longest_row, longest_sample=context,
             dtype=dtype, on_cpu=device == "cpu", attention=model.config._attn_implementation, available=free,
         )  # fmt: skip
         print(needs)
@@ -317,8 +318,8 @@ def main(args: Args) -> None:
         state = {"step": 0, "best_loss": math.inf, "log_size": 0, **sizes}
     args.rows, args.micro_tokens = state["rows"], state["micro_tokens"]
     if chief:
+        write_atomically(args.out / "run.json", json.dumps(config, indent=1))  # first: it tells whose folder this is
         trackers = Trackers(args.track, args.out, config, state["step"])
-        write_atomically(args.out / "run.json", json.dumps(config, indent=1))
         log = Log(args.out / "metrics.jsonl", state["log_size"])
     interrupt = Interrupt()
     best_loss = state["best_loss"]

@@ -348,7 +348,10 @@ def target_of(args: Workbench, reward: Reward, row: dict[str, Any] | None = None
 def sample_of(row: dict[str, Any]) -> Sample:
     """A row's texts may have been edited since it was scored: of its verdict, only what no text can show still counts."""
     sample = Sample(**{key: row.get(key) for key in ("prompt", "think", "story", "finished", "verdict", "room")})
-    return sample if sample.verdict in ("stray_token", "no_story", "text_after_eos") else replace(sample, verdict=None)
+    lasting = sample.verdict in ("stray_token", "text_after_eos") or (
+        sample.verdict == "no_story" and not sample.story.strip()
+    )
+    return sample if lasting else replace(sample, verdict=None)
 
 
 def score_rows(args: ScoreRows) -> None:
@@ -407,7 +410,8 @@ def rescore(args: Rescore) -> None:
         )
     scores = []
     for row in rows:
-        verdict = verdict_of(sample := sample_of(row))
+        sample = sample_of(row)
+        verdict = row.get("verdict") or verdict_of(sample)  # as logged, like the measurements
         raw = row["raw"] | reward.measure_text(sample) if verdict == "ok" else {}
         scores.append(reward.combine(raw, verdict, target_of(args, reward, row)))
     old, new = np.array([row["reward"] for row in rows]), np.array([score.reward for score in scores])

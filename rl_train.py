@@ -378,13 +378,13 @@ def main(args: Args) -> None:
     lock = claim(args.out) if chief else None  # noqa: F841  held until the process ends
     state = load_state(states, model, optimizer) if args.resume else None
     if state is not None and state["config"] != config:
-        changed = sorted(k for k in config if state["config"].get(k) != config[k])
+        changed = sorted(k.replace("_", " ") for k in config if state["config"].get(k) != config[k])
         raise InputError(f"{args.out} holds a run with other settings ({', '.join(changed)}): give another --out")
     check_shared(state and state["step"], states)
     if state is None:
         needs = plan(
             Shape.of(model), rl=True, rows=min(args.rows, max(args.prompts * args.k, args.eval_prompts)),
-            micro_tokens=args.micro_tokens, longest=longest_row, dtype=dtype, on_cpu=device == "cpu",
+            micro_tokens=args.micro_tokens, longest_row=longest_row, longest_sample=longest_row, dtype=dtype, on_cpu=device == "cpu",
             attention=model.config._attn_implementation, available=free,
         )  # fmt: skip
         print(needs)
@@ -399,8 +399,8 @@ def main(args: Args) -> None:
     print(json.dumps(as_json(args)))
     print(f"reward {args.reward.effective()}")
     if chief:
+        write_atomically(args.out / "run.json", json.dumps(run_facts, indent=1))  # first: it tells whose folder this is
         trackers = Trackers(args.track, args.out, run_facts, state["step"])
-        write_atomically(args.out / "run.json", json.dumps(run_facts, indent=1))
         metrics = Log(args.out / "metrics.jsonl", state["metrics_size"])
         samples_log = Log(args.out / "samples.jsonl", state["samples_size"])
     interrupt = Interrupt()
@@ -463,6 +463,10 @@ def main(args: Args) -> None:
         few = max(2, min(8, args.micro_tokens // longest_row))
         beginnings = [row[: start + 64] for row, start in zip(batch.rows[:few], batch.starts)]
         checks = check_forward(model, reference, beginnings, batch.starts[:few], pattern.pad_id)
+        own_logps = rollout_logps(model, pattern, batch, [[i] for i in range(len(beginnings))], **law)
+        sampled_logps = batch.sampler_logps.split([len(row) - start for row, start in zip(batch.rows, batch.starts)])
+        gaps = torch.cat(own_logps[:few]) - torch.cat(sampled_logps[:few])
+        checks["check/ratio"] = (torch.exp(gaps) - 1).abs().max().item()
         print("before the first update: " + ", ".join(f"{name} {value:.1e}" for name, value in checks.items()))
         if chief:
             metrics.write({"step": 0, **before, **checks})

@@ -159,7 +159,7 @@ def schedule(step: int, args: Args) -> float:
 def main(args: Args) -> None:
     if not (min(args.corpus_share, args.simple_share) >= 0 and args.corpus_share + args.simple_share <= 1):
         raise InputError("--corpus-share and --simple-share are shares of the rows: at least 0 each, at most 1 together")
-    if args.width % args.heads:
+    if args.heads < 1 or args.width % args.heads:
         raise InputError(f"--width {args.width} is not a multiple of --heads {args.heads}")
     if missing := [str(path) for path in args.text if not path.is_file()]:
         raise InputError(f"--text: no file {', '.join(missing)}")

@@ -35,7 +35,8 @@ def load_model(
     """A causal model in fp32, in evaluation mode, and its tokenizer, from a folder or the hub (there at `revision`).
 
     dtype: of the computation to come, which decides the attention implementation; the weights are fp32 in any case. flag:
-    of the command line, that named the source. Raises `InputError` if there is no model, if it cannot be read, or if model and tokenizer do not belong together.
+    what named the source on the command line. Raises `InputError` if there is no model, if it cannot be read, or if model
+    and tokenizer do not belong together.
     """
     folder = Path(source)
     if folder.exists() and not (folder / "config.json").is_file():
@@ -136,7 +137,8 @@ def load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Opti
     if found := checkpoints(folder):
         raise InputError(
             f"{folder} holds {len(found)} checkpoint{'s' if len(found) > 1 else ''} and none can be read: give another --out, or "
-            "delete that folder to start from the beginning"
+            "delete that folder to start from the beginning",
+            one_process=True,
         )
     return None
 

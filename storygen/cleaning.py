@@ -11,7 +11,7 @@ import re
 from bisect import bisect_left
 from dataclasses import dataclass
 
-from storygen.outlines import LEADING_REASONING, problem
+from storygen.outlines import DECLINED, LEADING_REASONING, problem
 
 # A pass can uncover work for another (an entity inside an entity, a note above a note). Real rows settle after one.
 PASSES = 12
@@ -200,7 +200,7 @@ def clean_row(row: dict, bounds: Bounds) -> tuple[dict | None, str | None]:
         if any(phrase in head for phrase in MODERATOR):
             return None, "moderator"
     prompt = clean_prompt(prompt)
-    think = clean_story(LEADING_REASONING.sub("", think)) or None if think is not None else None
+    think = clean_story(LEADING_REASONING.sub(r"\1", think)) or None if think is not None else None
     if not prompt:
         return None, "empty_prompt"
     words = len(prompt.split())
@@ -209,7 +209,7 @@ def clean_row(row: dict, bounds: Bounds) -> tuple[dict | None, str | None]:
     if think is not None:
         # Sentences of the story are a plan too, if a poor one; most of the story is none.
         rival = story if story and 2 * len(think.split()) > len(story.split()) else ""
-        reason = problem(think, rival, bounds.min_outline, bounds.max_outline)
+        reason = problem(think, rival, bounds.min_outline, bounds.max_outline, DECLINED)
         if reason:
             return None, reason
     if story is not None:

@@ -144,7 +144,12 @@ def check_folder(out: Path, *own: str) -> None:
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: give another --out, a folder")
-    if own and out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in own):
+    if (
+        own
+        and out.is_dir()
+        and any(out.iterdir())
+        and not any(one.name.removesuffix(".tmp") in own for one in out.iterdir())
+    ):
         raise InputError(f"--out {out} holds something else than this script writes: give a new or empty folder")
 
 
@@ -187,7 +192,8 @@ def check_flags(args: Any, at_least: dict[str, float], above_zero: tuple[str, ..
         )  # an int may be too large for a float
         if value is None or (finite and (value > bound or (relation == "at least" and value == bound))):
             continue
-        raise InputError(f"--{name.replace('_', '-')} must be {relation} {bound:g}, not {value:g}")
+        shown = str(value)[:40] if isinstance(value, int) else f"{value:g}"
+        raise InputError(f"--{name.replace('_', '-')} must be {relation} {bound:g}, not {shown}")
 
 
 def pick_device(device: str) -> str:

@@ -47,8 +47,9 @@ class Shape:
         vocabulary = model.get_output_embeddings().weight.shape[0]
         width, heads = config.hidden_size, config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads  # fewer with grouped queries
+        head_width = getattr(config, "head_dim", None) or width // heads
         return Shape(
-            parameters, vocabulary, config.num_hidden_layers, width, width * kv_heads // heads, heads,
+            parameters, vocabulary, config.num_hidden_layers, width, head_width * kv_heads, heads,
             config.max_position_embeddings,
         )  # fmt: skip
 
@@ -87,13 +88,14 @@ def activations(shape: Shape, tokens: int, longest: int, attention: str) -> int:
 
 
 def plan(
-    shape: Shape, *, rl: bool, rows: int, micro_tokens: int, longest: int, dtype: torch.dtype, on_cpu: bool, attention: str,
+    shape: Shape, *, rl: bool, rows: int, micro_tokens: int, longest_row: int, longest_sample: int, dtype: torch.dtype, on_cpu: bool, attention: str,
     available: int,
 ) -> Plan:  # fmt: skip
     """For training with AdamW and sampling in between, plus a frozen reference and the reward in RL (`rl`).
 
     `rows` and `micro_tokens` are the preferred sizes. Both are halved until they fit, micro_tokens down to a single row of
-    `longest` tokens, the most that a row may have. Raises `InputError` if that is not enough.
+    `longest_row` tokens. longest_row, longest_sample: the most tokens that a row of an update, and one being sampled, may
+    have. Raises `InputError` if that is not enough.
     """
     half = 2 if dtype == torch.bfloat16 else 4
     fixed = {"weights and AdamW": (4 + 8 + 4 * rl) * shape.parameters, "reward": REWARD * rl}
@@ -101,11 +103,13 @@ def plan(
 
     def held(rows: int, micro_tokens: int) -> Plan:
         copies = half * (shape.parameters + shape.vocabulary * shape.width)  # the sampler's weights and its own head
-        sampling = copies + rows * (longest * cell + 16 * shape.vocabulary)
+        sampling = copies + rows * (longest_sample * cell + 16 * shape.vocabulary)
         casts = half * shape.parameters if half == 2 else 0
         chunk = min(LOGITS_CHUNK, micro_tokens) * shape.vocabulary * (12 + half)
         # A row of more than micro_tokens has a pass of its own.
-        update = 4 * shape.parameters + casts + chunk + activations(shape, max(micro_tokens, longest), longest, attention)
+        update = (
+            4 * shape.parameters + casts + chunk + activations(shape, max(micro_tokens, longest_row), longest_row, attention)
+        )
         return Plan(rows, micro_tokens, fixed | {"sampling": sampling, "update": update}, available)
 
     plan = held(rows, micro_tokens)
@@ -113,8 +117,8 @@ def plan(
         sampling_is_larger = plan.held["sampling"] >= plan.held["update"]
         if sampling_is_larger and plan.rows > 1:
             plan = held(plan.rows // 2, plan.micro_tokens)
-        elif plan.micro_tokens > longest:
-            plan = held(plan.rows, max(longest, plan.micro_tokens // 2))
+        elif plan.micro_tokens > longest_row:
+            plan = held(plan.rows, max(longest_row, plan.micro_tokens // 2))
         elif plan.rows > 1:
             plan = held(plan.rows // 2, plan.micro_tokens)
         else:

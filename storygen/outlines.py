@@ -17,11 +17,16 @@ COPY_RUN, MAX_COPIED = 8, 0.2
 MAX_ANSWER_TOKENS = 2048
 REASONING = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)|\A.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
 # Of an outline that comes in a file: a tag further on is its writer's own text.
-LEADING_REASONING = re.compile(r"\A\s*<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+LEADING_REASONING = re.compile(r"\A\s*<think(?:ing)?>.*?</think(?:ing)?>\s*(\S.*)\Z", re.DOTALL | re.IGNORECASE)
 REFUSAL = re.compile(
     r"\A\W*(?:i(?:'m| am) (?:sorry|unable|not able)|sorry\b|i (?:can(?:'t|not)|won't|will not)\b|as an ai\b|i apologi[sz]e"
     r"|unfortunately,? i\b)",
     re.IGNORECASE,
+)
+# An outline in a file may be told by an "I" that cannot do something: there, a refusal also names what was asked.
+DECLINED = re.compile(
+    rf"(?:{REFUSAL.pattern})(?=.{{0,160}}\b(?:help|assist|request|generate|comply|fulfil\w*|provide|write|as an ai|language model)\b)",
+    re.IGNORECASE | re.DOTALL,
 )
 
 
@@ -145,13 +150,15 @@ def ask(rows: list[dict], teacher: Teacher, progress: Callable[[], None] = lambd
     return outlines, counts
 
 
-def problem(outline: str, story: str, least: int = MIN_WORDS, most: int = MAX_WORDS) -> str | None:
+def problem(
+    outline: str, story: str, least: int = MIN_WORDS, most: int = MAX_WORDS, refusal: re.Pattern = REFUSAL
+) -> str | None:
     """Why an outline cannot be used: `refusal`, `outline_too_short`, `outline_too_long`, `outline_copies_story`; or None.
 
     least, most: words.
     """
     words = outline.lower().split()
-    if REFUSAL.match(outline.replace("’", "'")):
+    if refusal.match(outline.replace("’", "'")):
         return "refusal"
     if len(words) < least:
         return "outline_too_short"

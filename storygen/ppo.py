@@ -107,8 +107,8 @@ def policy_loss(
 def adapt_beta(beta: float, kl: float, target: float, low: float = 1e-4, high: float = 1.0) -> float:
     """The KL coefficient for the next step: up by a tenth above 1.5 times the target, down by a tenth below 2/3 of it.
 
-    It stays within [low, high]; 0 stays 0, for a run without the KL term. `kl` and `target` are nats per token. After PPO's adaptive penalty (arXiv 1707.06347, section 4), in smaller steps,
-    because one step's estimate is noisy.
+    It stays within [low, high]; 0 stays 0, for a run without the KL term. `kl` and `target` are nats per token. After PPO's
+    adaptive penalty (arXiv 1707.06347, section 4), in smaller steps, because one step's estimate is noisy.
     """
     if beta == 0:
         return 0.0

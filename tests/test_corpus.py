@@ -232,6 +232,8 @@ PLAN = "A ferryman rows the same silent passenger until he learns who she is."
     [
         (PLAN, PLAN, None),
         (f"<think>Let me see.\nA ferry?</think>\n{PLAN}", PLAN, None),
+        (f"<think>\n{PLAN}\n</think>", f"<think>\n{PLAN}\n</think>", None),
+        ("I can't sleep, so I row the ferry.", "I can't sleep, so I row the ferry.", None),
         (" ".join(LONG.split()[:20]), " ".join(LONG.split()[:20]), None),
         ("I'm sorry, but I can't help with that request.", None, "refusal"),
         (LONG, None, "outline_copies_story"),

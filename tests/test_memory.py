@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, Qwen3Config
 
 from storygen.attention import PLAIN
 from storygen.cli import InputError
@@ -14,7 +14,14 @@ from storygen.logprobs import response_logps
 from storygen.memory import MARGIN, Shape, activations, free_in_container, plan
 
 GPT2 = Shape(parameters=124_439_808, vocabulary=50_304, layers=12, width=768, kv_width=768, heads=12, context=1024)
-LAW = {"rl": True, "longest": 1024, "dtype": torch.bfloat16, "on_cpu": False, "attention": "sdpa"}
+LAW = {
+    "rl": True,
+    "longest_row": 1024,
+    "longest_sample": 1024,
+    "dtype": torch.bfloat16,
+    "on_cpu": False,
+    "attention": "sdpa",
+}
 
 
 @pytest.mark.parametrize("attention, dtype", [("sdpa", torch.float32), ("sdpa", torch.bfloat16), (PLAIN, torch.bfloat16)])
@@ -66,11 +73,28 @@ def test_only_as_long_as_rows_get_counts_not_a_context_of_32_thousand():
     )  # fmt: skip
     law = LAW | {"rows": 256, "micro_tokens": 8192, "available": int(24e9)}
     with pytest.raises(InputError, match="--max-new-tokens"):
-        plan(qwen, **law | {"longest": 32_768})
-    made = plan(qwen, **law | {"longest": 1024})
+        plan(qwen, **law | {"longest_row": 32_768, "longest_sample": 32_768})
+    fine_tuning = plan(
+        qwen, **law | {"longest_sample": 32_768, "rl": False, "rows": 64}
+    )  # rows are short, samples may not be
+    assert fine_tuning.micro_tokens >= 1024
+    made = plan(qwen, **law)
     assert made.rows >= 64 and made.micro_tokens >= 1024
-    one, two = (plan(qwen, **law | {"longest": 1024, "rows": rows}).held["sampling"] for rows in (1, 2))
+    one, two = (plan(qwen, **law | {"rows": rows}).held["sampling"] for rows in (1, 2))
     assert two - one == 1024 * 2 * 24 * 128 * 2 + 16 * 151_936  # keys and values, bf16; logits
+
+
+def test_keys_and_values_are_as_wide_as_their_own_heads():
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    for config, width in (
+        (GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, bos_token_id=0, eos_token_id=0), 32),
+        (LlamaConfig(**shape, num_key_value_heads=2), 16),
+        (Qwen3Config(**shape, num_key_value_heads=2, head_dim=16), 32),
+    ):
+        model = AutoModelForCausalLM.from_config(config)
+        cache = model(torch.zeros(1, 3, dtype=torch.long), use_cache=True).past_key_values
+        keys = cache.layers[0].keys
+        assert Shape.of(model).kv_width == width == keys.shape[1] * keys.shape[3]
 
 
 def test_what_cannot_fit_is_refused_with_both_figures():

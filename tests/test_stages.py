@@ -192,6 +192,7 @@ def whole_run(zeroshot, home):
 def test_rl_leaves_everything_it_promises(whole_run):
     metrics = without_times(whole_run / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [0, 1, 2, 3, 4]
+    assert 0 < metrics[0]["check/ratio"] < 1e-3  # sampler and training forward round differently
     assert metrics[0]["check/kl"] == 0 and metrics[1]["objective/kl"] == pytest.approx(0, abs=1e-6)
     assert {"eval/reward", "eval/parts/correlation"} <= set(metrics[0]) & set(metrics[2]) & set(metrics[4])
     assert metrics[1]["policy/sampler_gap"] < 1e-3 and metrics[0]["eval/samples/well_formed"] > 0
