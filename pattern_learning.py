@@ -309,8 +309,8 @@ def main(args: Args) -> None:
     check_shared(state and state["step"], states)
     if state is None:
         needs = plan(
-            Shape.of(model), rl=False, rows=min(args.rows, len(held_out)), micro_tokens=args.micro_tokens, longest_row=longest_row, longest_sample=context,
-            dtype=dtype, on_cpu=device == "cpu", attention=model.config._attn_implementation, available=free,
+            Shape.of(model), rl=False, rows=min(args.rows, len(held_out)), micro_tokens=args.micro_tokens,
+            longest_row=longest_row, longest_sample=context, dtype=dtype, on_cpu=device == "cpu", attention=model.config._attn_implementation, available=free,
         )  # fmt: skip
         print(needs)
         # A resumed run keeps these sizes, whatever is free then: rounding depends on them.

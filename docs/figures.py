@@ -79,8 +79,8 @@ class Sizes:
     out: Path = Path("sizes.svg")
 
 
-def read(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def read(log: Path) -> list[dict]:
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
 
 
 def band(axis, x: np.ndarray, runs: np.ndarray, label: str) -> None:
@@ -101,7 +101,7 @@ def curves(args: Curves) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(10, 5.2), layout="constrained")
     for group in args.groups:
         name, folders = group.split("=")
-        runs = [read(Path(folder)) for folder in folders.split(",")]
+        runs = [read(Path(folder) / "metrics.jsonl") for folder in folders.split(",")]
         for axis, scalar in zip(axes.flat, SCALARS, strict=True):
             points = [
                 {r["step"]: r[scalar] for r in run if scalar in r and r["step"] <= (args.steps or r["step"])} for run in runs
@@ -117,7 +117,7 @@ def curves(args: Curves) -> None:
 
 
 def length(args: Length) -> None:
-    rows = [r for r in read(args.run) if "length/target" in r]
+    rows = [r for r in read(args.run / "metrics.jsonl") if "length/target" in r]
     step = [r["step"] for r in rows]
     figure, (above, below) = plt.subplots(2, 1, figsize=(7, 5), sharex=True, layout="constrained", height_ratios=[3, 2])
     above.plot(step, [r["length/target"] for r in rows], color="black", label="target")
@@ -150,7 +150,7 @@ def vs_trl(args: VsTrl) -> None:
 
 
 def pretraining(args: Pretraining) -> None:
-    rows = [json.loads(line) for line in args.log.read_text(encoding="utf-8").splitlines()]
+    rows = read(args.log)
     figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
     for key, label in (("val_prose", "prose"), ("val_corpus", "corpus"), ("val_simple", "simple stories")):
         points = [(row["tokens"] / 1e6, row[key]) for row in rows if key in row]
@@ -162,7 +162,7 @@ def pretraining(args: Pretraining) -> None:
 
 
 def sizes(args: Sizes) -> None:
-    rows = [json.loads(line) for line in args.log.read_text(encoding="utf-8").splitlines()]
+    rows = read(args.log)
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
     for size in dict.fromkeys(row["size"] for row in rows):
         own = [row for row in rows if row["size"] == size]

@@ -100,10 +100,10 @@ def save_state(
         (aside / "state.json").write_text(json.dumps({**state, "step": step}))
         sums = {file.name: file_sha256(file) for file in sorted(aside.iterdir())}
         (aside / "manifest.json").write_text(json.dumps({"sha256": sums}, indent=1))
-    found = checkpoints(folder)
-    later = [path for path in found if _step_of(path) > step]
-    for old in later + found[: len(found) - len(later)][:-keep]:
-        shutil.rmtree(old)
+    kept = [path for path in checkpoints(folder) if _step_of(path) <= step][-keep:]
+    for old in checkpoints(folder):
+        if old not in kept:
+            shutil.rmtree(old)
 
 
 def load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict | None:
@@ -112,7 +112,8 @@ def load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Opti
     A torn or altered checkpoint is reported on stderr and the one before it is used. Raises `InputError` if there are some
     and none can be read, or if they belong to another model.
     """
-    for path in reversed(checkpoints(folder)):
+    found = checkpoints(folder)
+    for path in reversed(found):
         try:
             weights, moments, state = _read(path)
         except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
@@ -134,7 +135,7 @@ def load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Opti
                         k: v.to(parameter.device) if k != "step" or group.get("fused") else v for k, v in own.items()
                     }
         return state
-    if found := checkpoints(folder):
+    if found:
         raise InputError(
             f"{folder} holds {len(found)} checkpoint{'s' if len(found) > 1 else ''} and none can be read: give another --out, or "
             "delete that folder to start from the beginning",

@@ -139,7 +139,7 @@ def ask(rows: list[dict], teacher: Teacher, progress: Callable[[], None] = lambd
     outlines: list[str | None] = []
     for row in rows:
         text = answers.get(teacher.key(row))
-        counts["no_answer"] += text == ""
+        counts.update(["no_answer"] if text == "" else [])
         outline = REASONING.sub("", text).strip() if text else None
         reason = None if outline is None else problem(outline, row["story"])
         counts.update([reason] if reason else [])

@@ -114,6 +114,7 @@ def test_answers_come_back_in_order_and_are_never_asked_twice(serve, tmp_path, m
     bar = []
     outlines, counts = ask(rows(5), teacher(server, tmp_path), lambda: bar.append(1))
     assert outlines == [PLAN] * 5 and counts["from_cache"] == 0 and len(bar) == 5
+    assert list(counts) == ["from_cache"]  # reasons that never occurred are not reported
     assert {r["messages"][0]["content"] for r in server.requests} == {f"P=prompt {i} S={STORY} {i}" for i in range(5)}
     assert set(server.headers_seen) == {"Bearer sk-secret-of-this-test"}
     assert "secret" not in (tmp_path / "c" / "cache.jsonl").read_text()

@@ -43,6 +43,7 @@ def test_only_the_patterns_own_tags_become_tags(tiny, prompt, think, story):
     ids, _ = pattern.row(*tagged)
     for tag_id in (pattern.prompt_id, pattern.think_id, pattern.story_id, pattern.eos_id):
         assert ids.count(tag_id) == 1
+    assert pattern.prefix_lengths(tagged) == [len(pattern.prefix(text)) for text in tagged]
     tagged = [f"{part} {tag}" for part, tag in zip((prompt, "x" + think, "x" + story), ("<story>", "<eos>", "<think>"))]
     ids, start = pattern.row(*tagged)
     assert pattern.parse(ids[start:]).verdict == "ok"
